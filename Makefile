@@ -1,0 +1,42 @@
+# make help tells what there is.
+#
+# PYTHON=python3.11   interpreter that makes the environment, any from 3.9 on
+# VENV=folder         environment to make and use; VENV= (empty) takes PYTHON as it is and installs nothing
+
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT := output/quickstart
+
+ifeq ($(strip $(VENV)),)
+  RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+  INSTALLED :=
+else
+  RUN := $(VENV)/bin/python
+  INSTALLED := $(VENV)/.installed
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make the environment, or bring it up to date with setup.py
+
+quickstart: $(INSTALLED)  ## train a teacher, a plain and a distilled student on small real data, and compare them
+	$(RUN) datasets/prepare_quickstart.py
+	$(RUN) train_net.py --config-file configs/quickstart/teacher.yaml --resume
+	$(RUN) train_net.py --config-file configs/quickstart/student.yaml --resume
+	$(RUN) train_net.py --config-file configs/quickstart/distilled.yaml --resume
+	$(RUN) tools/report.py --output $(OUTPUT)/report \
+	  --run teacher=$(OUTPUT)/teacher --run plain=$(OUTPUT)/student --run distilled=$(OUTPUT)/distilled
+
+test: $(INSTALLED)  ## run the tests
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest tests -q
+
+$(VENV)/.installed: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and \
+	  "d2_distill needs Python 3.9 or newer, this is " + sys.version.split()[0] + "; say e.g. make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check --use-pep517 -e '.[tools,test]'
+	touch $@
