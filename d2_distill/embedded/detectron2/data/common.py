@@ -1,0 +1,63 @@
+"""Data sets made of others: from a list, mapped, batched by aspect ratio."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, Callable, Dict, Iterable, Iterator, List
+
+import numpy as np
+import torch
+from torch.utils import data
+
+
+class DatasetFromList(data.Dataset):
+    """Copies of the elements of a list, kept pickled in one tensor.
+
+    Worker processes share it without copying; the reference counts of many small objects would make forked
+    workers copy them page by page.
+    """
+
+    def __init__(self, lst: List):
+        pickled = [np.frombuffer(pickle.dumps(x, protocol=-1), dtype=np.uint8) for x in lst]
+        self._ends = torch.from_numpy(np.cumsum([0, *map(len, pickled)], dtype=np.int64))
+        self._bytes = torch.from_numpy(np.concatenate([np.empty(0, np.uint8), *pickled]))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        return pickle.loads(memoryview(self._bytes[self._ends[index] : self._ends[index + 1]].numpy()))
+
+
+class MapDataset(data.Dataset):
+    """``map_func`` applied to a data set's elements."""
+
+    def __init__(self, dataset: data.Dataset, map_func: Callable):
+        self._dataset = dataset
+        self._map_func = map_func
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._map_func(self._dataset[index])
+
+
+class AspectRatioGroupedDataset(data.IterableDataset):
+    """Batches (lists) of dicts that are all wider than high, or all not, which saves padding.
+
+    A batch is yielded as soon as one of the two groups is full; what is left at the end never is.
+    """
+
+    def __init__(self, dataset: Iterable[Dict], batch_size: int):
+        self.dataset = dataset
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[List[Dict]]:
+        groups: Dict[bool, List[Dict]] = {True: [], False: []}
+        for record in self.dataset:
+            wide = record["width"] > record["height"]
+            groups[wide].append(record)
+            if len(groups[wide]) == self.batch_size:
+                yield groups[wide]
+                groups[wide] = []

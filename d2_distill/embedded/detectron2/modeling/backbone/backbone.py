@@ -1,0 +1,43 @@
+"""Backbone, the interface of every feature extractor, its registry and builder."""
+
+from __future__ import annotations
+
+from typing import Dict, Optional
+
+from torch import nn
+
+from detectron2.layers import ShapeSpec
+from detectron2.utils.registry import Registry
+
+BACKBONE_REGISTRY = Registry("BACKBONE")
+BACKBONE_REGISTRY.__doc__ = "Callables ``(cfg, input_shape: ShapeSpec) -> Backbone``."
+
+
+class Backbone(nn.Module):
+    """Maps an image batch (N, C, H, W) to ``{name: (N, C, H / stride, W / stride) tensor}``.
+
+    Subclasses fill ``_out_feature_channels`` and ``_out_feature_strides``, both keyed by feature name in the
+    order of the output, or override :meth:`output_shape`.
+    """
+
+    _out_feature_channels: Dict[str, int]
+    _out_feature_strides: Dict[str, int]
+
+    @property
+    def size_divisibility(self) -> int:
+        """The input's height and width must be multiples of this; 0 where any size will do."""
+        return 0
+
+    def output_shape(self) -> Dict[str, ShapeSpec]:
+        """Channels and stride of every output."""
+        return {
+            name: ShapeSpec(channels=channels, stride=self._out_feature_strides[name])
+            for name, channels in self._out_feature_channels.items()
+        }
+
+
+def build_backbone(cfg, input_shape: Optional[ShapeSpec] = None) -> Backbone:
+    """The backbone named by MODEL.BACKBONE.NAME, for images with as many channels as MODEL.PIXEL_MEAN."""
+    if input_shape is None:
+        input_shape = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))
+    return BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)(cfg, input_shape)

@@ -1,0 +1,1 @@
+"""Helpers: registry, files, seeds, processes, logs, training scalars."""

@@ -1,0 +1,3 @@
+"""``Registry`` of named classes, by fvcore."""
+
+from fvcore.common.registry import Registry  # noqa: F401
