@@ -1,0 +1,24 @@
+"""Reduction of element-wise losses."""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+import torch
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def weighted_mean(
+    loss: torch.Tensor, weight: Optional[torch.Tensor], normalizer: Union[float, torch.Tensor]
+) -> torch.Tensor:
+    """sum(loss * weight) / (normalizer + eps) as in OpenMMLab's losses; eps is float32's (1.19e-07).
+
+    Args:
+        loss: element-wise loss of any shape; an empty one gives 0 and keeps its graph.
+        weight: broadcastable to ``loss`` ((M, 1) for one weight a row of an (M, K) loss), None for all ones.
+        normalizer: a positive number, for example the number of positive anchors in the batch.
+    """
+    if weight is not None:
+        loss = loss * weight
+    return loss.sum() / (normalizer + EPS)
