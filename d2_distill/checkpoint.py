@@ -1,0 +1,66 @@
+"""Checkpoints that must fit their model, and checkpoints that hold nothing but the student."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from .errors import UserError
+
+
+class _ExactCheckpointer(DetectionCheckpointer):
+    """Remembers which keys did not fit."""
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+
+def require_file(weights: str, *, key: str) -> None:
+    """
+    Raises:
+        UserError: ``weights`` is neither an address nor an existing file; see :func:`load_exactly`.
+    """
+    if "://" not in weights and not os.path.isfile(weights.split("?")[0]):
+        raise UserError(f"{key}: there is no file {weights}; train the model first or correct the path.")
+
+
+def load_exactly(model: nn.Module, weights: str, *, key: str) -> None:
+    """Load a checkpoint that must fill the model completely and contain nothing else.
+
+    Args:
+        model: the plain detector.
+        weights: path or address, as for ``MODEL.WEIGHTS``.
+        key: the config key that names it.
+
+    Raises:
+        UserError: the file is missing or unreadable, or keys are missing, unexpected or of another shape.
+    """
+    if not weights:
+        raise UserError(f"{key} is empty; name the checkpoint of the model.")
+    require_file(weights, key=key)
+    checkpointer = _ExactCheckpointer(model)
+    try:
+        checkpointer.load(weights, checkpointables=[])
+    except Exception as error:  # whatever unpickling, the network or the conversion of names raises
+        reason = " ".join(str(error).split()).partition(". ")[0]  # torch goes on at length
+        raise UserError(f"{key}: {weights} cannot be read as a checkpoint ({reason}).") from error
+    found = checkpointer.incompatible
+    # A mis-shaped tensor is not loaded, so that it counts as missing, too.
+    misshaped = {name for name, _, _ in found.incorrect_shapes}
+    problems = {
+        "missing": [name for name in found.missing_keys if name not in misshaped],
+        "unexpected": list(found.unexpected_keys),
+        "mis-shaped": [
+            f"{name} {tuple(theirs)} (model: {tuple(ours)})" for name, theirs, ours in found.incorrect_shapes
+        ],
+    }
+    listing = [f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names]
+    if listing:
+        raise UserError(
+            f"{key}: {weights} does not fit the model of its config; name the checkpoint that does "
+            f"({'; '.join(listing)})."
+        )

@@ -1,0 +1,317 @@
+"""The staged protocol: a detector run stage by stage, each result computed once and shared by all who ask.
+
+A :class:`StagedDetector` knows how one meta-architecture is cut into stages; a :class:`Run` is one batch
+going through them. Detectors keep their own ``forward``, which equals the stages one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Type
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import nn
+
+from .errors import UserError
+
+Taps = Mapping[str, FrozenSet[int]]
+
+
+class stage(cached_property):
+    """A field of a run, computed at the first access; without gradient if the run is frozen."""
+
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
+        @wraps(compute)
+        def guarded(run: "Run") -> Any:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not run.frozen):
+                return compute(run)
+
+        super().__init__(guarded)
+
+
+class Tower:
+    """A head branch of n blocks (conv, norm, activation) that can be run from block i to block k.
+
+    It is a view of the layers of an ``nn.Sequential``, whose state-dict names stay; each ReLU ends a block.
+    """
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        self.blocks: List[nn.Sequential] = []
+        block: List[nn.Module] = []
+        for layer in layers:
+            block.append(layer)
+            if isinstance(layer, nn.ReLU):
+                self.blocks.append(nn.Sequential(*block))
+                block = []
+        assert not block, "a tower must end with an activation"
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def run(self, x: torch.Tensor, start: int = 0, stop: Optional[int] = None) -> torch.Tensor:
+        """Feature (N, C, H, W) in front of block ``start`` to the feature behind block ``stop - 1``."""
+        for block in self.blocks[start:stop]:
+            x = block(x)
+        return x
+
+    def out_channels(self, position: int) -> int:
+        """Channels behind ``position`` >= 1 blocks."""
+        return next(m for m in self.blocks[position - 1] if isinstance(m, nn.Conv2d)).out_channels
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Targets of a batch of dense predictions, R locations x anchors over all levels.
+
+    Attributes:
+        labels: (N, R) class index; ``num_classes`` = background, -1 = no classification loss.
+        boxes: (N, R, 4) XYXY box matched to each anchor; meaningful where the label is a foreground class.
+        num_classes: number of foreground classes.
+    """
+
+    labels: torch.Tensor
+    boxes: torch.Tensor
+    num_classes: int
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """(N, R) bool: anchors that take part in classification."""
+        return self.labels >= 0
+
+    @property
+    def foreground(self) -> torch.Tensor:
+        """(N, R) bool: positive anchors."""
+        return self.valid & (self.labels < self.num_classes)
+
+    @property
+    def normalizer(self) -> torch.Tensor:
+        """Number of positive anchors of the batch, where an image without any counts as one (OpenMMLab's)."""
+        return self.foreground.sum(dim=1).clamp(min=1).sum()
+
+
+class StagedDetector:
+    """How one meta-architecture is run in stages. Holds the model, owns no parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def kind(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def num_classes(self) -> int:
+        raise NotImplementedError
+
+    def feature_shapes(self) -> Dict[str, ShapeSpec]:
+        """Channels and stride of each entry of ``Run.features``, in their order."""
+        raise NotImplementedError
+
+    def preprocess(self, batched_inputs: Sequence[Dict[str, Any]]) -> ImageList:
+        """Normalise and batch the images of Detectron2 dataset dicts."""
+        return self.model.preprocess_image(batched_inputs)
+
+    def features(self, images: ImageList) -> Dict[str, torch.Tensor]:
+        """Feature maps (N, C, H, W) that the heads read."""
+        features = self.model.backbone(images.tensor)
+        return {name: features[name] for name in self.feature_shapes()}
+
+    def run(
+        self,
+        images: ImageList,
+        gt_instances: Optional[List[Instances]] = None,
+        *,
+        taps: Optional[Taps] = None,
+        frozen: bool = False,
+    ) -> "Run":
+        """Start a run; nothing is computed before a field of it is read.
+
+        Args:
+            images: the preprocessed batch.
+            gt_instances: ground truth, one entry an image; needed by assignment and losses only.
+            taps: branch name -> tower positions to keep.
+            frozen: compute every stage without gradient.
+        """
+        raise NotImplementedError
+
+
+class Run:
+    """One batch going through the stages of one detector."""
+
+    def __init__(
+        self,
+        staged: StagedDetector,
+        images: ImageList,
+        gt_instances: Optional[List[Instances]],
+        taps: Taps,
+        frozen: bool,
+    ) -> None:
+        self.staged = staged
+        self.images = images
+        self.gt_instances = gt_instances
+        self.wanted_taps = taps
+        self.frozen = frozen
+
+    @stage
+    def features(self) -> Dict[str, torch.Tensor]:
+        """Feature name -> (N, C, H, W)."""
+        return self.staged.features(self.images)
+
+    @stage
+    def losses(self) -> Dict[str, torch.Tensor]:
+        """The detector's own losses on ground truth, as its ``forward`` returns them in training."""
+        raise NotImplementedError
+
+
+class StagedDense(StagedDetector):
+    """A dense detector: towers and predictors shared by all levels.
+
+    Attributes:
+        towers: branch name -> :class:`Tower`.
+        predictors: output name -> (branch, prediction layer), in the order in which the head returns them.
+    """
+
+    towers: Dict[str, Tower]
+    predictors: Dict[str, Tuple[str, nn.Module]]
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    @property
+    def in_features(self) -> List[str]:
+        return list(self.model.head_in_features)
+
+    def feature_shapes(self) -> Dict[str, ShapeSpec]:
+        shapes = self.model.backbone.output_shape()
+        return {name: shapes[name] for name in self.in_features}
+
+    def tap_channels(self, branch: str, position: int) -> int:
+        """Channels of a branch behind ``position`` blocks; 0 is the feature map in front of the tower."""
+        if position:
+            return self.towers[branch].out_channels(position)
+        return next(iter(self.feature_shapes().values())).channels
+
+    def predict(self, output: str, feature: torch.Tensor) -> torch.Tensor:
+        """Apply one prediction layer to the end of its tower: (N, C, H, W) -> (N, A*K, H, W)."""
+        _, layer = self.predictors[output]
+        return layer(feature)
+
+    def anchors(self, features: List[torch.Tensor]) -> List[Boxes]:
+        return self.model.anchor_generator(features)
+
+    def assign(self, anchors: List[Boxes], gt_instances: List[Instances]) -> Assignment:
+        labels, boxes = self.model.label_anchors(anchors, gt_instances)
+        return Assignment(torch.stack(labels), torch.stack(boxes), self.num_classes)
+
+    def losses(
+        self, anchors: List[Boxes], outputs: Dict[str, List[torch.Tensor]], assignment: Assignment
+    ) -> Dict[str, torch.Tensor]:
+        """The detector's losses; ``outputs`` are per level (N, H*W*A, K)."""
+        raise NotImplementedError
+
+    def decode(self, anchors: List[Boxes], deltas: torch.Tensor) -> torch.Tensor:
+        """Boxes (N, R, 4) XYXY in pixels from deltas (N, R, 4) of all levels, not clipped."""
+        all_anchors = Boxes.cat(anchors).tensor
+        repeated = all_anchors.expand(deltas.shape[0], -1, -1).reshape(-1, 4)
+        return self.model.box2box_transform.apply_deltas(deltas.reshape(-1, 4), repeated).view_as(deltas)
+
+    def run(self, images, gt_instances=None, *, taps=None, frozen=False) -> "DenseRun":
+        return DenseRun(self, images, gt_instances, taps or {}, frozen)
+
+
+class DenseRun(Run):
+    """A batch going through a dense detector."""
+
+    staged: StagedDense
+
+    @stage
+    def taps(self) -> Dict[str, Dict[int, List[torch.Tensor]]]:
+        """branch -> position -> per level (N, C, H, W); the last position of each branch is always there."""
+        features = list(self.features.values())
+        taps: Dict[str, Dict[int, List[torch.Tensor]]] = {}
+        for branch, tower in self.staged.towers.items():
+            wanted = sorted(self.wanted_taps.get(branch, frozenset()) | {len(tower)})
+            kept: Dict[int, List[torch.Tensor]] = {position: [] for position in wanted}
+            # Level by level: norms that cycle over the levels count the calls.
+            for x in features:
+                done = 0
+                for position in wanted:
+                    x = tower.run(x, done, position)
+                    kept[position].append(x)
+                    done = position
+            taps[branch] = kept
+        return taps
+
+    @stage
+    def predictions(self) -> Dict[str, List[torch.Tensor]]:
+        """Output name -> per level raw predictions (N, A*K, H, W)."""
+        ends = {branch: self.taps[branch][len(tower)] for branch, tower in self.staged.towers.items()}
+        return {
+            output: [self.staged.predict(output, feature) for feature in ends[branch]]
+            for output, (branch, _) in self.staged.predictors.items()
+        }
+
+    @stage
+    def outputs(self) -> Dict[str, List[torch.Tensor]]:
+        """Output name -> per level (N, H*W*A, K), in the order of the anchors."""
+        return {name: self.flatten(name, maps) for name, maps in self.predictions.items()}
+
+    @stage
+    def anchors(self) -> List[Boxes]:
+        """Per level, H*W*A boxes."""
+        return self.staged.anchors(list(self.features.values()))
+
+    @stage
+    def assignment(self) -> Assignment:
+        return self.staged.assign(self.anchors, self.gt_instances)
+
+    @stage
+    def losses(self) -> Dict[str, torch.Tensor]:
+        return self.staged.losses(self.anchors, self.outputs, self.assignment)
+
+    def flatten(self, output: str, maps: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+        """Maps (N, A*K, H, W) -> (N, H*W*A, K), a level each."""
+        flat = []
+        for level, x in enumerate(maps):
+            images, channels, height, width = x.shape
+            num_anchors = len(self.anchors[level]) // (height * width)
+            x = x.view(images, num_anchors, channels // num_anchors, height, width)
+            flat.append(x.permute(0, 3, 4, 1, 2).reshape(images, -1, channels // num_anchors))
+        return flat
+
+
+_STAGED: Dict[Type[nn.Module], Type[StagedDetector]] = {}
+
+
+def register_staged(model_class: Type[nn.Module]) -> Callable[[Type[StagedDetector]], Type[StagedDetector]]:
+    """Class decorator: this adapter runs ``model_class`` and its subclasses in stages."""
+
+    def register(adapter: Type[StagedDetector]) -> Type[StagedDetector]:
+        _STAGED[model_class] = adapter
+        return adapter
+
+    return register
+
+
+def list_staged() -> List[str]:
+    """Names of the detectors that can be run in stages."""
+    return sorted(model_class.__name__ for model_class in _STAGED)
+
+
+def stage_detector(model: nn.Module) -> StagedDetector:
+    """The adapter of a detector, by its most specific registered class.
+
+    Raises:
+        UserError: no adapter is registered for it.
+    """
+    for model_class in type(model).__mro__:
+        if model_class in _STAGED:
+            return _STAGED[model_class](model)
+    raise UserError(
+        f"{type(model).__name__} cannot be distilled: it has no staged adapter; "
+        f"choose one of {', '.join(list_staged())} as MODEL.META_ARCHITECTURE / MODEL.DISTILL.STUDENT."
+    )

@@ -1,0 +1,47 @@
+"""The plain detector that a config describes, distilled or not."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from torch import nn
+
+from . import backbones, detectors  # noqa: F401  registers the project's backbones and meta-architectures
+from .errors import UserError
+
+DISTILLER = "Distiller"
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """The config of the plain student: its own meta-architecture in the place of the distiller's."""
+    if cfg.MODEL.META_ARCHITECTURE != DISTILLER:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.DISTILL.STUDENT
+    cfg.freeze()
+    return cfg
+
+
+def build_student(cfg: CfgNode) -> nn.Module:
+    """Build the detector without teacher, methods or adapters, on ``MODEL.DEVICE``, weights not loaded.
+
+    Raises:
+        UserError: its meta-architecture is unknown.
+    """
+    key = "MODEL.DISTILL.STUDENT" if cfg.MODEL.META_ARCHITECTURE == DISTILLER else "MODEL.META_ARCHITECTURE"
+    cfg = student_config(cfg)
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name == DISTILLER or name not in META_ARCH_REGISTRY:
+        known = sorted(entry for entry, _ in META_ARCH_REGISTRY if entry != DISTILLER)
+        raise UserError(f"{key} is {name!r}, which is no detector; choose one of {', '.join(known)}.")
+    return build_model(cfg)
+
+
+def num_classes_key(cfg: CfgNode) -> str:
+    """The config key that sets the number of classes of the detector's head."""
+    name = student_config(cfg).MODEL.META_ARCHITECTURE
+    for family in ("FCOS", "RETINANET"):
+        if family in name.upper():
+            return f"MODEL.{family}.NUM_CLASSES"
+    return "MODEL.ROI_HEADS.NUM_CLASSES"
