@@ -1,0 +1,142 @@
+"""The meta-architecture that trains a student with the help of a frozen teacher."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from .errors import UserError
+from .methods import build_methods
+from .methods.pairing import require_teacher
+from .staged import Run, Taps, stage_detector
+from .student import build_student
+from .teacher import Teacher
+
+# Training steps of this process in which every term is checked for finiteness and for a path to the student.
+CHECKED_STEPS = 3
+
+
+@META_ARCH_REGISTRY.register()
+class Distiller(nn.Module):
+    """In training the student's losses and one named scalar a distillation term, else the plain student.
+
+    The teacher is held outside the module tree. Checkpoints are those of ``student`` (engine/trainer.py).
+
+    Args:
+        student: any detector with a staged adapter.
+        teacher: None for methods that need none.
+        methods: name -> :class:`~d2_distill.methods.DistillMethod`.
+        input_format: channel order of the student's images.
+    """
+
+    @configurable
+    def __init__(
+        self, *, student: nn.Module, teacher: Optional[Teacher], methods: nn.ModuleDict, input_format: str
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.staged = stage_detector(student)
+        self.teacher = teacher
+        self.methods = methods
+        self.input_format = input_format
+        self._unchecked_steps = CHECKED_STEPS
+
+    @classmethod
+    def from_config(cls, cfg) -> Dict[str, Any]:
+        student = build_student(cfg)
+        # The initialisation of teacher and adapters must not shift the random numbers of plain training.
+        # Models are made on the CPU; forking GPU generators as well would open every GPU of the machine.
+        with torch.random.fork_rng(devices=[]):
+            teacher = Teacher.from_config(cfg)
+            methods = build_methods(cfg, stage_detector(student), teacher)
+        prefixes = cfg.MODEL.DISTILL.INHERIT
+        if prefixes:
+            inherit(student, require_teacher(teacher, "MODEL.DISTILL.INHERIT").model, prefixes)
+        return {"student": student, "teacher": teacher, "methods": methods, "input_format": cfg.INPUT.FORMAT}
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    def forward(self, batched_inputs: Sequence[Dict[str, Any]]):
+        """Detectron2's contract: a dict of losses in training, the student's detections in evaluation."""
+        if not self.training:
+            return self.student(batched_inputs)
+        images = self.staged.preprocess(batched_inputs)
+        gt_instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
+        taps = self._wanted_taps()
+        student = self.staged.run(images, gt_instances, taps=taps)
+        losses = dict(student.losses)
+        teacher = None
+        if self.teacher is not None:
+            teacher = self.teacher.run(
+                batched_inputs, images, student=self.student, student_format=self.input_format,
+                gt_instances=gt_instances, taps=taps,
+            )
+        losses.update(self._distill(student, teacher))
+        self._unchecked_steps = max(self._unchecked_steps - 1, 0)
+        return losses
+
+    def _wanted_taps(self) -> Taps:
+        wanted: Dict[str, frozenset] = {}
+        for method in self.methods.values():
+            for branch, positions in method.taps().items():
+                wanted[branch] = wanted.get(branch, frozenset()) | positions
+        return wanted
+
+    def _distill(self, student: Run, teacher: Optional[Run]) -> Dict[str, torch.Tensor]:
+        iteration = get_event_storage().iter
+        losses: Dict[str, torch.Tensor] = {}
+        for name, method in self.methods.items():
+            for term, value in method(student, teacher).items():
+                if self._unchecked_steps:
+                    _check_term(name, term, value, list(student.features.values()))
+                losses[term] = value * method.weight_at(term, iteration)
+        return losses
+
+
+def inherit(student: nn.Module, teacher: nn.Module, prefixes: Sequence[str]) -> None:
+    """Copy the teacher's parameters and buffers below each dotted prefix into the student.
+
+    Raises:
+        UserError: the student has no such module, or a tensor is missing or of another shape in the teacher.
+    """
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    for prefix in prefixes:
+        names = [name for name in ours if name.startswith(f"{prefix}.")]
+        if not names:
+            raise UserError(
+                f"MODEL.DISTILL.INHERIT has {prefix!r}, which is no module with weights in the student; "
+                f"name one of them, such as {', '.join(top for top, _ in student.named_children())}."
+            )
+        for name in names:
+            if name not in theirs or theirs[name].shape != ours[name].shape:
+                shape = tuple(theirs[name].shape) if name in theirs else "missing"
+                raise UserError(
+                    f"MODEL.DISTILL.INHERIT has {prefix!r}, but {name} is {tuple(ours[name].shape)} in the "
+                    f"student and {shape} in the teacher; inherit only modules that are equal on both sides."
+                )
+            ours[name].copy_(theirs[name])
+
+
+def _check_term(method: str, term: str, value: torch.Tensor, features: List[torch.Tensor]) -> None:
+    """A silent or broken term must stop the run in its first steps."""
+    if not torch.isfinite(value):
+        raise UserError(
+            f"MODEL.DISTILL.METHODS: {method} gives {term} = {value.item()} in the first steps; check the "
+            "teacher's weights and the pixel statistics (INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD) of "
+            "both configs."
+        )
+    gradients: Sequence[Optional[torch.Tensor]] = ()
+    if value.requires_grad:
+        gradients = torch.autograd.grad(value, features, retain_graph=True, allow_unused=True)
+    if all(gradient is None for gradient in gradients):
+        raise UserError(
+            f"MODEL.DISTILL.METHODS: the gradient of {method}'s {term} does not reach the student's "
+            "features, so it teaches nothing; leave the method out or mend it."
+        )

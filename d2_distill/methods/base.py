@@ -1,0 +1,76 @@
+"""What a distillation method is, and how the config selects methods."""
+
+from __future__ import annotations
+
+from typing import Callable, Dict, List, Optional
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.registry import Registry
+from torch import nn
+
+from ..errors import UserError
+from ..staged import Run, StagedDetector, Taps
+from ..teacher import Teacher
+
+DISTILL_METHOD_REGISTRY = Registry("DISTILL_METHOD")
+DISTILL_METHOD_REGISTRY.__doc__ = """
+Distillation methods, by the name that ``MODEL.DISTILL.METHODS`` uses. Each is a :class:`DistillMethod` whose
+``from_config(cfg, student, teacher)`` returns its constructor's arguments.
+"""
+
+
+class DistillMethod(nn.Module):
+    """A group of loss terms between a run of the student and a run of the teacher.
+
+    It is a module because it may own adapters, which are trained with the student and saved beside it.
+
+    Args:
+        weights: term name -> weight. A term of weight 0 is not computed.
+        schedule: factor on all weights at an iteration, see :mod:`d2_distill.schedules`.
+    """
+
+    def __init__(self, *, weights: Dict[str, float], schedule: Callable[[int], float]) -> None:
+        super().__init__()
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.schedule = schedule
+
+    def taps(self) -> Taps:
+        """Tower positions that the method reads from the ``taps`` of both runs: branch -> positions."""
+        return {}
+
+    def forward(self, student: Run, teacher: Optional[Run]) -> Dict[str, torch.Tensor]:
+        """Every term of ``self.weights``, a scalar each, before its weight."""
+        raise NotImplementedError
+
+    def weight_at(self, term: str, iteration: int) -> float:
+        """Weight of a term at the trainer's iteration."""
+        return self.weights[term] * self.schedule(iteration)
+
+
+def list_methods() -> List[str]:
+    """Names that ``MODEL.DISTILL.METHODS`` may contain."""
+    return sorted(name for name, _ in DISTILL_METHOD_REGISTRY)
+
+
+def build_methods(cfg: CfgNode, student: StagedDetector, teacher: Optional[Teacher]) -> nn.ModuleDict:
+    """The methods of ``MODEL.DISTILL.METHODS``, by name, without those whose weights are all 0.
+
+    Raises:
+        UserError: a name is unknown or given twice, or a method cannot serve this pair of detectors.
+    """
+    names = list(cfg.MODEL.DISTILL.METHODS)
+    methods = nn.ModuleDict()
+    for name in names:
+        if name not in DISTILL_METHOD_REGISTRY:
+            raise UserError(
+                f"MODEL.DISTILL.METHODS has the unknown {name!r}; choose from {', '.join(list_methods())}."
+            )
+        if names.count(name) > 1:
+            raise UserError(f"MODEL.DISTILL.METHODS has {name!r} twice; name each once and raise its weight.")
+        method_class = DISTILL_METHOD_REGISTRY.get(name)
+        method = method_class(**method_class.from_config(cfg, student, teacher))
+        # The adapters of a method that is switched off would be parameters without gradient.
+        if method.weights:
+            methods[name] = method
+    return methods

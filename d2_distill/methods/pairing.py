@@ -1,0 +1,101 @@
+"""Which student features face which teacher features, and what a pair must share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import List, Optional, Sequence
+
+from ..errors import UserError
+from ..staged import StagedDense, StagedDetector
+from ..teacher import Teacher
+
+
+@dataclass(frozen=True)
+class FeaturePair:
+    """A student map and the teacher map of the same stride."""
+
+    student: str
+    teacher: str
+    student_channels: int
+    teacher_channels: int
+
+
+def pair_features(
+    student: StagedDetector, teacher: StagedDetector, in_features: Sequence[str], key: str
+) -> List[FeaturePair]:
+    """Pair feature maps by stride.
+
+    Args:
+        student, teacher: the detectors.
+        in_features: the student's features wanted; empty takes all whose stride the teacher has too.
+        key: config key of ``in_features``, for error messages.
+
+    Raises:
+        UserError: a feature is unknown or has no counterpart, or there is no common stride at all.
+    """
+    ours, theirs = student.feature_shapes(), teacher.feature_shapes()
+    by_stride = {shape.stride: name for name, shape in theirs.items()}
+    for name in in_features:
+        if name not in ours:
+            raise UserError(f"{key} has {name!r}, which the student lacks; choose from {', '.join(ours)}.")
+        if ours[name].stride not in by_stride:
+            raise UserError(
+                f"{key} has {name!r} of stride {ours[name].stride}, and the teacher ({teacher.kind}) has "
+                f"strides {sorted(by_stride)} only; leave it out."
+            )
+    names = list(in_features) or [name for name, shape in ours.items() if shape.stride in by_stride]
+    if not names:
+        raise UserError(
+            f"{key}: the student ({student.kind}, strides {[s.stride for s in ours.values()]}) and the "
+            f"teacher ({teacher.kind}, strides {sorted(by_stride)}) have no feature map of the same stride; "
+            "use feature pyramids with common levels (MODEL.FPN.IN_FEATURES)."
+        )
+    counterparts = {name: by_stride[ours[name].stride] for name in names}
+    return [
+        FeaturePair(name, other, ours[name].channels, theirs[other].channels)
+        for name, other in counterparts.items()
+    ]
+
+
+def require_teacher(teacher: Optional[Teacher], method: str) -> Teacher:
+    if teacher is None:
+        raise UserError(f"{method} needs a teacher; set MODEL.DISTILL.TEACHER.CONFIG_FILE and .WEIGHTS.")
+    return teacher
+
+
+def require_same_outputs(student: StagedDense, teacher: StagedDense, method: str) -> None:
+    """Predictions can be compared one by one: same anchors on the same levels."""
+    ours = [shape.stride for shape in student.feature_shapes().values()]
+    theirs = [shape.stride for shape in teacher.feature_shapes().values()]
+    if ours != theirs:
+        raise UserError(
+            f"{method} compares predictions location by location, but the student's head reads strides "
+            f"{ours} and the teacher's {theirs}; give both the same MODEL.RETINANET.IN_FEATURES."
+        )
+    mine, other = (detector.model.anchor_generator for detector in (student, teacher))
+    pairs = zip(mine.cell_anchors, other.cell_anchors)
+    if mine.offset != other.offset or any(a.shape != b.shape or not a.allclose(b) for a, b in pairs):
+        raise UserError(
+            f"{method} compares predictions anchor by anchor, but the student's and the teacher's "
+            "MODEL.ANCHOR_GENERATOR differ; make them equal."
+        )
+
+
+def require_same_classes(
+    student: StagedDetector, teacher: Teacher, student_classes: Sequence[str], method: str
+) -> None:
+    """Class k means the same on both sides."""
+    ours, theirs = student.num_classes, teacher.staged.num_classes
+    if ours != theirs:
+        raise UserError(
+            f"{method} compares class scores, but the student has {ours} classes and the teacher {theirs}; "
+            "train the teacher on the student's classes, or use PKD or FeatureImitation, which need none."
+        )
+    if student_classes and teacher.classes and list(student_classes) != list(teacher.classes):
+        pairs = enumerate(zip_longest(student_classes, teacher.classes))
+        index, (mine, other) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
+        raise UserError(
+            f"{method} compares class scores, but class {index} is {mine!r} in the student's data set and "
+            f"{other!r} in the teacher's; bring both annotation files to the same class order."
+        )

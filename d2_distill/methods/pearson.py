@@ -1,0 +1,53 @@
+"""PKD: feature maps that correlate with the teacher's."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List
+
+import torch
+
+from ..errors import UserError
+from ..losses import pearson_loss
+from ..schedules import build_schedule
+from .base import DISTILL_METHOD_REGISTRY, DistillMethod
+from .pairing import FeaturePair, pair_features, require_teacher
+
+
+@DISTILL_METHOD_REGISTRY.register()
+class PKD(DistillMethod):
+    """Pearson correlation between FPN maps, level by level (PKD, Cao et al., arXiv 2207.02039).
+
+    ``loss_pkd`` is the sum over levels of :func:`~d2_distill.losses.pearson_loss`. It ignores each channel's
+    scale and shift, so heterogeneous detectors can be paired. Where sizes differ, the student's map is
+    resized.
+    """
+
+    def __init__(self, *, pairs: List[FeaturePair], **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.pairs = pairs
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
+        node = cfg.MODEL.DISTILL.PKD
+        teacher = require_teacher(teacher, "PKD")
+        pairs = pair_features(student, teacher.staged, node.IN_FEATURES, "MODEL.DISTILL.PKD.IN_FEATURES")
+        for pair in pairs:
+            if pair.student_channels != pair.teacher_channels:
+                raise UserError(
+                    f"PKD compares channel by channel, but the student's {pair.student} has "
+                    f"{pair.student_channels} channels and the teacher's {pair.teacher} has "
+                    f"{pair.teacher_channels}; give both the same MODEL.FPN.OUT_CHANNELS, or use "
+                    "FeatureImitation, which adapts them."
+                )
+        return {
+            "pairs": pairs,
+            "weights": {"loss_pkd": node.WEIGHT},
+            "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.PKD.SCHEDULE"),
+        }
+
+    def forward(self, student, teacher) -> Dict[str, torch.Tensor]:
+        losses = [
+            pearson_loss(student.features[pair.student], teacher.features[pair.teacher], resize="student")
+            for pair in self.pairs
+        ]
+        return {"loss_pkd": torch.stack(losses).sum()}

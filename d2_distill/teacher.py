@@ -1,0 +1,155 @@
+"""The frozen teacher: a Detectron2 model of its own config file and weights, outside the module tree."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import ImageList, Instances
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from .checkpoint import load_exactly
+from .config import get_distill_cfg
+from .data.classes import dataset_classes
+from .data.registration import register_datasets
+from .errors import UserError
+from .staged import Run, Taps, stage_detector
+from .student import build_student
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher:
+    """A guest of the distiller: not a module, so absent from its parameters, state dict and DDP buckets.
+
+    Args:
+        model: the detector; it is put in eval mode and its parameters stop requiring gradient.
+        input_format: channel order of its images ("BGR", "RGB").
+        classes: names of its classes, empty if unknown.
+    """
+
+    def __init__(self, model: nn.Module, *, input_format: str, classes: Sequence[str] = ()) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.staged = stage_detector(model)
+        self.input_format = input_format
+        self.classes = classes
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Optional["Teacher"]:
+        """Build and load the teacher of ``MODEL.DISTILL.TEACHER``; None if no config file is named.
+
+        Raises:
+            UserError: its config file or weights are missing, or the weights do not fit the model exactly.
+        """
+        if not cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
+            return None
+        teacher_cfg = teacher_config(cfg)
+        register_datasets(teacher_cfg)
+        model = build_student(teacher_cfg).to(memory_format=torch.channels_last)
+        weights = teacher_cfg.MODEL.WEIGHTS
+        load_exactly(model, weights, key="MODEL.DISTILL.TEACHER.WEIGHTS")
+        teacher = cls(model, input_format=teacher_cfg.INPUT.FORMAT, classes=dataset_classes(teacher_cfg))
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        logger.info(
+            "Teacher: %s with %.1fM parameters from %s, fingerprint %s",
+            teacher.staged.kind, millions, weights, teacher.fingerprint(),
+        )
+        return teacher
+
+    def fingerprint(self) -> str:
+        """Hash of the names and bytes of all tensors of the model."""
+        digest = hashlib.sha256()
+        for name, value in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def run(
+        self,
+        batched_inputs: Sequence[Dict[str, Any]],
+        student_images: ImageList,
+        *,
+        student: nn.Module,
+        student_format: str,
+        gt_instances: Optional[List[Instances]] = None,
+        taps: Optional[Taps] = None,
+    ) -> Run:
+        """Start a frozen run on the student's batch; nothing is computed before a method reads it.
+
+        The student's normalised batch is used as it is where both models normalise alike.
+        """
+        if self.model.device != student_images.tensor.device:
+            self.model.to(student_images.tensor.device)
+        if self._shares_preprocessing(student, student_images, student_format):
+            images = student_images
+        else:
+            images = self.staged.preprocess(self._in_own_format(batched_inputs, student_format))
+        return self.staged.run(images, gt_instances, taps=taps, frozen=True)
+
+    def _shares_preprocessing(self, student: nn.Module, images: ImageList, student_format: str) -> bool:
+        divisibility = max(self.model.backbone.size_divisibility, 1)
+        return (
+            self.input_format == student_format
+            and torch.equal(self.model.pixel_mean, student.pixel_mean)
+            and torch.equal(self.model.pixel_std, student.pixel_std)
+            and all(side % divisibility == 0 for side in images.tensor.shape[-2:])
+        )
+
+    def _in_own_format(self, batched_inputs, student_format: str):
+        if self.input_format == student_format:
+            return batched_inputs
+        # "BGR" and "RGB" are each other's flip; teacher_config admits no other pair.
+        return [{**inputs, "image": inputs["image"].flip(0)} for inputs in batched_inputs]
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The teacher's own config, from the student's ``MODEL.DISTILL.TEACHER``.
+
+    Raises:
+        UserError: the config file is missing or not a valid config, or names no weights.
+    """
+    node = cfg.MODEL.DISTILL.TEACHER
+    teacher_cfg = get_distill_cfg()
+    config_file = _config_path(node.CONFIG_FILE)
+    try:
+        teacher_cfg.merge_from_file(config_file)
+        teacher_cfg.merge_from_list(list(node.OPTS))
+    except Exception as error:  # whatever Detectron2, yacs or the YAML parser raise on a malformed file
+        reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        raise UserError(
+            f"MODEL.DISTILL.TEACHER: {node.CONFIG_FILE} with the overrides OPTS is not valid ({reason}); "
+            "correct that key or value."
+        ) from error
+    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    if node.WEIGHTS:
+        teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS
+    if not teacher_cfg.MODEL.WEIGHTS:
+        raise UserError(
+            "MODEL.DISTILL.TEACHER.WEIGHTS is empty and so is MODEL.WEIGHTS of the teacher's config; "
+            "an untrained teacher teaches nothing: name its checkpoint."
+        )
+    ours, theirs = cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT
+    if ours != theirs and {ours, theirs} != {"BGR", "RGB"}:
+        raise UserError(
+            f"INPUT.FORMAT is {ours} for the student and {theirs} for the teacher; "
+            "only BGR and RGB can be converted into each other."
+        )
+    return teacher_cfg
+
+
+def _config_path(name: str) -> str:
+    if PathManager.isfile(name):
+        return name
+    try:  # The zoo is optional: the embedded subset has none, and the real one may not import.
+        from detectron2.model_zoo import get_config_file
+
+        return get_config_file(name)
+    except (ImportError, RuntimeError):
+        raise UserError(
+            f"MODEL.DISTILL.TEACHER.CONFIG_FILE: there is no file {name}; give a path relative to the "
+            "working directory, or a name of Detectron2's model zoo where it is installed."
+        ) from None
