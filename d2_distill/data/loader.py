@@ -1,0 +1,164 @@
+"""A training loader that can be resumed exactly and does not depend on the number of workers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..errors import UserError
+from .mapper import CheckedDatasetMapper
+
+
+def build_train_loader(
+    cfg, *, start_iter: int = 0, mapper: Callable[[dict], dict] | None = None, seed: int | None = None
+) -> DataLoader:
+    """Build the training loader, an infinite iterable of lists of mapped samples.
+
+    Batch ``k`` of a rank depends on the seed, ``k``, the rank and the world size alone: a loader built with
+    ``start_iter=k`` continues exactly where an uninterrupted one would be, without reading what was skipped,
+    and any ``DATALOADER.NUM_WORKERS`` gives the same bits. Detectron2's samplers order the images.
+
+    Args:
+        start_iter: number of batches to skip; ``loader.batch_sampler.start_iter`` can be set until the first
+            ``iter(loader)``.
+        mapper: maps a record to a sample; the default is :class:`.mapper.CheckedDatasetMapper`.
+        seed: used where ``SEED`` is negative; None draws one that all ranks share.
+
+    Raises:
+        UserError: the batch cannot be split over the ranks, or the sampler is not supported.
+    """
+    world_size, total_batch_size = comm.get_world_size(), cfg.SOLVER.IMS_PER_BATCH
+    if total_batch_size <= 0 or total_batch_size % world_size:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {total_batch_size}, which {world_size} processes cannot share equally; "
+            f"make it a multiple of {world_size}."
+        )
+    if cfg.SEED >= 0:
+        seed = cfg.SEED
+    elif seed is None:
+        seed = comm.shared_random_seed()
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    sizes = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        sizes = [(record["width"], record["height"]) for record in records]
+    mapper = mapper or CheckedDatasetMapper(cfg, is_train=True)
+    num_workers = cfg.DATALOADER.NUM_WORKERS
+    return DataLoader(
+        SeededMapDataset(DatasetFromList(records), mapper, seed=seed),
+        batch_sampler=ResumableBatchSampler(
+            _build_sampler(cfg, records, seed),
+            batch_size=total_batch_size // world_size,
+            sizes=sizes,
+            start_iter=start_iter,
+        ),
+        num_workers=num_workers,
+        collate_fn=trivial_batch_collator,
+        worker_init_fn=_init_worker,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator().manual_seed(seed),  # else torch draws from the caller's generator
+    )
+
+
+class ResumableBatchSampler(Sampler):
+    """Batches of ``(index, position)``: an index into the data set and its place in the stream of all ranks.
+
+    Args:
+        sampler: infinite stream of this rank's indices, every ``world_size``-th of the stream of all ranks.
+        batch_size: of this rank.
+        sizes: (width, height) per index, to put only wide or only tall images into a batch; None: as drawn.
+        start_iter: number of batches that are left out.
+    """
+
+    def __init__(
+        self, sampler, *, batch_size: int, sizes: Sequence[tuple[int, int]] | None = None, start_iter: int = 0
+    ):
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.sizes = sizes
+        self.start_iter = start_iter
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return itertools.islice(self._batches(), self.start_iter, None)
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        keys = zip(self.sampler, itertools.count(comm.get_rank(), comm.get_world_size()))
+        if self.sizes is None:
+            while True:
+                yield list(itertools.islice(keys, self.batch_size))
+        records = (
+            {"width": self.sizes[index][0], "height": self.sizes[index][1], "key": (index, position)}
+            for index, position in keys
+        )
+        for batch in AspectRatioGroupedDataset(records, self.batch_size):
+            yield [record["key"] for record in batch]
+
+
+class SeededMapDataset(Dataset):
+    """``mapper(records[index])`` for a key ``(index, position)``, which also seeds its random numbers."""
+
+    def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict], *, seed: int):
+        self.records = records
+        self.mapper = mapper
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        index, position = key
+        with seeded_rng(self.seed, position):
+            return self.mapper(self.records[index])
+
+
+@contextlib.contextmanager
+def seeded_rng(seed: int, position: int) -> Iterator[None]:
+    """Seed random, numpy and torch's CPU generator from ``(seed, position)``; restore them afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence((seed, position)).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(words[1:3])
+    torch.default_generator.manual_seed(int(words[3]))  # torch.manual_seed would seed the GPUs as well
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _build_sampler(cfg, records: Sequence[dict], seed: int):
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return TrainingSampler(len(records), seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        repeat_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+        return RepeatFactorTrainingSampler(repeat_factors, seed=seed)
+    raise UserError(
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; use 'TrainingSampler' or 'RepeatFactorTrainingSampler'."
+    )
+
+
+def _init_worker(worker_id: int) -> None:
+    # Ctrl-C goes to the terminal's whole process group, but the training process finishes its step with its workers.
+    os.setpgid(0, 0)
+    # The workers are the parallelism already; OpenCV's own threads on top oversubscribe the cores.
+    with contextlib.suppress(ImportError):
+        import cv2
+
+        cv2.setNumThreads(0)

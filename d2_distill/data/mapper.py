@@ -1,0 +1,67 @@
+"""Maps a data set record to a training sample, and says which image file is at fault if it cannot."""
+
+from __future__ import annotations
+
+import copy
+
+from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
+
+from ..errors import UserError
+
+
+class ImageFileError(UserError):
+    """An image file that cannot be used.
+
+    Its text stays one sentence when a DataLoader worker raised it: torch re-raises the type in the main
+    process, but with the worker's traceback, which ends in ``ImageFileError: <sentence>``, as its argument.
+    """
+
+    def __str__(self) -> str:
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
+class CheckedDatasetMapper(DatasetMapper):
+    """Detectron2's mapper, but it names an unusable image, and does not truncate integer boxes.
+
+    Detectron2 transforms a box in the type it has, so that resizing would round whole-numbered boxes down.
+
+    Raises:
+        ImageFileError: the file is missing, corrupt or truncated, or its size is not the annotated one.
+    """
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        try:
+            return super().__call__(_with_float_boxes(dataset_dict))
+        except Exception:
+            check_image_file(dataset_dict)
+            raise  # the image is fine: not the data's fault
+
+
+def _with_float_boxes(dataset_dict: dict) -> dict:
+    if "annotations" not in dataset_dict:
+        return dataset_dict
+    annotations = [{**row, "bbox": [float(x) for x in row["bbox"]]} for row in dataset_dict["annotations"]]
+    return {**dataset_dict, "annotations": annotations}
+
+
+def check_image_file(dataset_dict: dict) -> None:
+    """Decode the image of a record.
+
+    Raises:
+        ImageFileError: it cannot be decoded, or has another size than the record says.
+    """
+    file_name = dataset_dict["file_name"]
+    try:
+        image = read_image(file_name, format="BGR")
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError ...
+        raise ImageFileError(
+            f"The image {file_name} cannot be read ({error}); restore it or remove it from the data set."
+        ) from None
+    try:
+        check_image_size(copy.copy(dataset_dict), image)
+    except SizeMismatchError:
+        raise ImageFileError(
+            f"The image {file_name} has {image.shape[1]} x {image.shape[0]} pixels, its annotation says "
+            f"{dataset_dict['width']} x {dataset_dict['height']}; correct the annotation or restore the file."
+        ) from None

@@ -1,0 +1,114 @@
+"""Registers the user's own data sets, which the config names, with Detectron2."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances, register_pascal_voc
+
+from ..errors import UserError
+from .annotation_files import check_voc_folder, coco_class_names
+
+_COCO_FORM = "(name, json_file, image_root)"
+_VOC_FORM = "(name, dirname, split, class_names, year)"
+
+
+def register_datasets(cfg) -> None:
+    """Register the rows of ``DATASETS.COCO`` and ``DATASETS.VOC``; rows registered before are left alone.
+
+    A COCO row is ``(name, json_file, image_root)``; its class list is that of the file, ordered by category
+    id. A VOC row is ``(name, dirname, split, class_names, year)``; the year (2007, 2012) chooses the metric.
+    Relative paths are below ``$DETECTRON2_DATASETS`` (default: ``datasets``).
+
+    Raises:
+        UserError: a malformed row, a missing or unusable file, or a name that another data set has already.
+    """
+    for row in cfg.DATASETS.COCO:
+        _register_coco(row)
+    for row in cfg.DATASETS.VOC:
+        _register_voc(row)
+
+
+def declared_names(cfg) -> set[str]:
+    """Names of the data sets that the config itself registers."""
+    return {row[0] for row in (*cfg.DATASETS.COCO, *cfg.DATASETS.VOC)}
+
+
+def _register_coco(row) -> None:
+    if not _is_row(row, (str, str, str)):
+        raise UserError(f"DATASETS.COCO has the row {row!r}; write it as {_COCO_FORM}, three strings.")
+    name, json_file, image_root = row[0], _resolve(row[1]), _resolve(row[2])
+    identity = {"evaluator_type": "coco", "json_file": json_file, "image_root": image_root}
+    if _is_registered(name, identity, key="DATASETS.COCO"):
+        return
+    source = f"DATASETS.COCO (data set {name!r})"
+    class_names = coco_class_names(json_file, source=source)
+    if not os.path.isdir(image_root):
+        raise UserError(
+            f"{source}: the image folder {image_root} is missing; correct its path, which is relative to "
+            "$DETECTRON2_DATASETS (default: datasets)."
+        )
+    register_coco_instances(name, {"thing_classes": class_names}, json_file, image_root)
+
+
+def _register_voc(row) -> None:
+    if (
+        not _is_row(row, (str, str, str, (list, tuple), int))
+        or not row[3]
+        or not _is_row(row[3], (str,) * len(row[3]))
+    ):
+        raise UserError(
+            f"DATASETS.VOC has the row {row!r}; write it as {_VOC_FORM}, e.g. "
+            "('mine', 'voc/mine', 'train', ('cat', 'dog'), 2012)."
+        )
+    name, dirname, split, class_names, year = row[0], _resolve(row[1]), row[2], tuple(row[3]), row[4]
+    source = f"DATASETS.VOC (data set {name!r})"
+    if year not in (2007, 2012):
+        raise UserError(
+            f"{source} has the year {year}; write 2007 (11-point AP) or 2012 (area under the curve)."
+        )
+    if len(set(class_names)) < len(class_names):
+        raise UserError(f"{source} names a class twice in {class_names}; make the class names unique.")
+    identity = {
+        "evaluator_type": "pascal_voc",
+        "dirname": dirname,
+        "split": split,
+        "year": year,
+        "thing_classes": list(class_names),
+    }
+    if _is_registered(name, identity, key="DATASETS.VOC"):
+        return
+    check_voc_folder(dirname, split, source=source)
+    register_pascal_voc(name, dirname, split, year, class_names=list(class_names))
+    MetadataCatalog.get(name).evaluator_type = "pascal_voc"
+
+
+def _is_row(row, types: Sequence) -> bool:
+    return (
+        isinstance(row, (list, tuple))
+        and len(row) == len(types)
+        and all(isinstance(value, type_) for value, type_ in zip(row, types))
+    )
+
+
+def _resolve(path: str) -> str:
+    return os.path.join(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")), path)
+
+
+def _is_registered(name: str, identity: dict, *, key: str) -> bool:
+    """Whether ``name`` is this very data set already; UserError if it is another one."""
+    if name not in DatasetCatalog.list():
+        return False
+    metadata = MetadataCatalog.get(name)
+    differing = {
+        field: metadata.get(field, None) for field in identity if metadata.get(field, None) != identity[field]
+    }
+    if differing:
+        field, value = next(iter(differing.items()))
+        raise UserError(
+            f"{key} names the data set {name!r}, which is registered already with {field} {value!r} "
+            f"(not {identity[field]!r}); choose another name."
+        )
+    return True
