@@ -1,0 +1,40 @@
+"""Evaluation of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, Dict
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from torch import nn
+
+from ..checkpoint import load_exactly
+from ..student import build_student
+from .trainer import Trainer
+
+
+def load_student(cfg: CfgNode, resume: bool = False) -> nn.Module:
+    """The student with ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of ``OUTPUT_DIR``.
+
+    No teacher is built, loaded or run.
+
+    Raises:
+        UserError: the checkpoint is missing, or does not fit the model exactly.
+    """
+    model = build_student(cfg)
+    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    weights = cfg.MODEL.WEIGHTS
+    if resume and checkpointer.has_checkpoint():
+        weights = checkpointer.get_checkpoint_file()
+    load_exactly(model, weights, key="MODEL.WEIGHTS")
+    return model
+
+
+def evaluate(cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
+    """Evaluate on every data set of ``DATASETS.TEST``, and against ``TEST.EXPECTED_RESULTS``."""
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results

@@ -1,0 +1,28 @@
+"""Keeps what a run logs before its log file exists."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import logging.handlers
+import sys
+from typing import Iterator
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Keep what is logged inside until the end, when ``default_setup`` has made the console and file handlers.
+
+    After an exception it is dropped: the error is all there is to say.
+    """
+    root, holder = logging.getLogger(), logging.handlers.BufferingHandler(capacity=sys.maxsize)
+    level = root.level
+    root.addHandler(holder)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(holder)
+        root.setLevel(level)
+    for record in holder.buffer:
+        logging.getLogger(record.name).handle(record)

@@ -1,0 +1,96 @@
+"""From command-line arguments to a checked config, a model, and an output folder of this run's own."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from typing import Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from ..checkpoint import require_file
+from ..config import get_distill_cfg
+from ..data.checks import check_datasets
+from ..data.registration import register_datasets
+from ..errors import UserError
+from ..student import DISTILLER, build_student, num_classes_key
+from .evaluate import load_student
+from .logs import held_back
+from .output_dir import claim_output_dir
+
+
+def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
+    """Check the config, the data, the output folder and the model of a run; only then open the folder and the log.
+
+    Returns:
+        The config; the model to train, as it is initialised, or with ``--eval-only`` the student with its weights.
+
+    Raises:
+        UserError: before anything is written, if any of them cannot be used.
+    """
+    with held_back():
+        cfg = load_config(args.config_file, args.opts)
+        register_datasets(cfg)
+        key = num_classes_key(cfg)
+        check_datasets(cfg, num_classes=_value(cfg, key), num_classes_key=key, train=not args.eval_only)
+        if not args.eval_only:
+            claim_output_dir(cfg, resume=args.resume)
+            if cfg.MODEL.WEIGHTS and not (args.resume and os.path.isfile(f"{cfg.OUTPUT_DIR}/last_checkpoint")):
+                require_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
+        seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+        model = load_student(cfg, resume=args.resume) if args.eval_only else _build(cfg)
+        # No process may write into the folder before all have looked into it.
+        comm.synchronize()
+        run_cfg = _of_evaluation(cfg) if args.eval_only else cfg
+        default_setup(run_cfg, args)
+        setup_logger(run_cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_distill")
+    return cfg, model
+
+
+def load_config(config_file: str, opts: Sequence[str]) -> CfgNode:
+    """The defaults, overridden by a config file, overridden by a flat list of keys and values; frozen.
+
+    Raises:
+        UserError: the file is missing, or a key or the type of a value is wrong.
+    """
+    cfg = get_distill_cfg()
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file)
+        cfg.merge_from_list(opts)
+    except Exception as error:  # whatever Detectron2, yacs or the YAML parser raise on a malformed file
+        source = f"{config_file or 'the default config'} with the command line's overrides"
+        reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        raise UserError(f"The config ({source}) is not valid: {reason}; correct it.") from error
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU.", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return cfg
+
+
+def _build(cfg: CfgNode) -> nn.Module:
+    return build_model(cfg) if cfg.MODEL.META_ARCHITECTURE == DISTILLER else build_student(cfg)
+
+
+def _of_evaluation(cfg: CfgNode) -> CfgNode:
+    """An evaluation keeps its log and config in a subfolder; those of the run are not its to overwrite."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference")
+    return cfg
+
+
+def _value(cfg: CfgNode, dotted: str):
+    node = cfg
+    for part in dotted.split("."):
+        node = node[part]
+    return node

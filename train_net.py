@@ -1,0 +1,29 @@
+#!/usr/bin/env python3
+"""Train, distil or evaluate a detector.
+
+    python train_net.py --config-file configs/quickstart/distilled.yaml --num-gpus 8
+    python train_net.py --config-file configs/quickstart/student.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+
+``torchrun train_net.py --config-file ...`` works too. Without a GPU, ``--num-gpus`` counts processes on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+from d2_distill.engine import Trainer, evaluate, setup, start
+from detectron2.engine import default_argument_parser
+
+
+def main(args: Any) -> Any:
+    cfg, model = setup(args)
+    if args.eval_only:
+        return evaluate(cfg, model)
+    trainer = Trainer(cfg, model)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    start(main, default_argument_parser(epilog=__doc__).parse_args())
