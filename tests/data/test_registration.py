@@ -1,0 +1,129 @@
+"""Data sets that the config names are registered, or refused with a sentence."""
+
+from __future__ import annotations
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from d2_distill.data.registration import register_datasets
+from d2_distill.errors import UserError
+
+from .small_sets import CLASSES, small_cfg, write_coco, write_voc
+
+
+def test_coco_row_is_registered_once_with_the_classes_of_its_file(tmp_path):
+    row = write_coco(tmp_path)
+    cfg = small_cfg(DATASETS__COCO=(row,))
+    register_datasets(cfg)
+    register_datasets(cfg)
+    metadata = MetadataCatalog.get(row[0])
+    assert metadata.thing_classes == list(CLASSES) and metadata.evaluator_type == "coco"
+    records = DatasetCatalog.get(row[0])
+    assert [record["height"] for record in records] == [20, 30, 20]
+    assert [record["annotations"][0]["category_id"] for record in records] == [0, 1, 0]
+    register_datasets(cfg)  # loading has added to the metadata
+
+
+def test_voc_row_is_registered_once(tmp_path):
+    row = write_voc(tmp_path)
+    cfg = small_cfg(DATASETS__VOC=(row,))
+    register_datasets(cfg)
+    register_datasets(cfg)
+    metadata = MetadataCatalog.get(row[0])
+    assert metadata.thing_classes == list(CLASSES) and metadata.evaluator_type == "pascal_voc"
+    assert metadata.year == 2012
+    assert DatasetCatalog.get(row[0])[1]["annotations"][0]["bbox"] == [2.0, 3.0, 10.0, 9.0]
+
+
+def test_relative_paths_are_below_the_datasets_folder(tmp_path, monkeypatch):
+    name, _, _ = write_coco(tmp_path / "mine", name=tmp_path.name)
+    voc = write_voc(tmp_path / "voc")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    register_datasets(small_cfg(
+        DATASETS__COCO=((name, f"mine/{tmp_path.name}.json", "mine/images"),),
+        DATASETS__VOC=((name + "_voc", "voc", *voc[2:]),),
+    ))
+    assert DatasetCatalog.get(name)[0]["file_name"] == str(tmp_path / "mine" / "images" / "0.png")
+    assert DatasetCatalog.get(name + "_voc")[0]["file_name"] == str(tmp_path / "voc" / "JPEGImages" / "0.jpg")
+
+
+@pytest.mark.parametrize("key, row", [
+    ("DATASETS.COCO", "name"),
+    ("DATASETS.COCO", ("name", "file.json")),
+    ("DATASETS.COCO", ("name", "file.json", 3)),
+    ("DATASETS.VOC", ("name", "folder", "train", "cat", 2012)),
+    ("DATASETS.VOC", ("name", "folder", "train", (), 2012)),
+    ("DATASETS.VOC", ("name", "folder", "train", ("cat", 1), 2012)),
+    ("DATASETS.VOC", ("name", "folder", "train", ("cat",), "2012")),
+])
+def test_malformed_row(key, row):
+    with pytest.raises(UserError, match=rf"{key} has the row .*write it as \(name, "):
+        register_datasets(small_cfg(**{key.replace(".", "__"): (row,)}))
+
+
+def test_missing_files(tmp_path):
+    name, json_file, image_root = write_coco(tmp_path)
+    with pytest.raises(UserError, match=f"DATASETS.COCO .*{tmp_path}/no.json cannot be read .*DATASETS"):
+        register_datasets(small_cfg(DATASETS__COCO=((name, str(tmp_path / "no.json"), image_root),)))
+    with pytest.raises(UserError, match=f"DATASETS.COCO .*image folder {tmp_path}/no is missing"):
+        register_datasets(small_cfg(DATASETS__COCO=((name, json_file, str(tmp_path / "no")),)))
+    voc = write_voc(tmp_path)
+    with pytest.raises(UserError, match=f"DATASETS.VOC .*folder {tmp_path}/no is missing"):
+        register_datasets(small_cfg(DATASETS__VOC=((voc[0], str(tmp_path / "no"), *voc[2:]),)))
+    with pytest.raises(UserError, match="DATASETS.VOC .*split file .*val.txt is missing"):
+        register_datasets(small_cfg(DATASETS__VOC=((voc[0], voc[1], "val", *voc[3:]),)))
+    assert name not in DatasetCatalog.list() and voc[0] not in DatasetCatalog.list()
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("{", "is not valid JSON"),
+    ("\x00\x80", "is not valid JSON"),
+    ("[]", "is not a COCO annotation file"),
+    ('{"images": [], "annotations": []}', "is not a COCO annotation file"),
+])
+def test_not_coco(tmp_path, text, sentence):
+    name, json_file, image_root = write_coco(tmp_path)
+    (tmp_path / "set.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=f"DATASETS.COCO .*{json_file} {sentence}.*; "):
+        register_datasets(small_cfg(DATASETS__COCO=((name, json_file, image_root),)))
+
+
+@pytest.mark.parametrize("section, field, value, sentence", [
+    ("images", "height", None, "entry 1 of 'images' lacks 'height'"),
+    ("annotations", "bbox", None, "entry 1 of 'annotations' lacks 'bbox'"),
+    ("annotations", "bbox", [1, 2, 3], "annotation 2 has the bbox"),
+    ("annotations", "id", 1, "two entries of 'annotations' have the id 1"),
+    ("annotations", "id", [], "has the id"),
+    ("annotations", "category_id", 5, "annotation 2 has category_id 5"),
+    ("annotations", "image_id", 5, "annotation 2 has image_id 5"),
+    ("annotations", "ignore", 1, "annotation 2 has 'ignore' set"),
+    ("categories", "name", "cat", "names two categories alike"),
+])
+def test_inconsistent_coco(tmp_path, section, field, value, sentence):
+    def edit(content):
+        if value is None:
+            del content[section][1][field]
+        else:
+            content[section][1][field] = value
+
+    row = write_coco(tmp_path, edit=edit)
+    with pytest.raises(UserError, match=f"{row[1]}.*{sentence}.*; "):
+        register_datasets(small_cfg(DATASETS__COCO=(row,)))
+
+
+def test_name_of_another_data_set(tmp_path):
+    row = write_coco(tmp_path)
+    register_datasets(small_cfg(DATASETS__COCO=(row,)))
+    other = write_coco(tmp_path, name="other")
+    with pytest.raises(UserError, match=f"'{row[0]}', which is registered already .*choose another name"):
+        register_datasets(small_cfg(DATASETS__COCO=((row[0], *other[1:]),)))
+    with pytest.raises(UserError, match="DATASETS.COCO names .*'coco_2017_val', which is registered already"):
+        register_datasets(small_cfg(DATASETS__COCO=(("coco_2017_val", *row[1:]),)))
+
+
+def test_voc_year_and_classes(tmp_path):
+    row = write_voc(tmp_path)
+    with pytest.raises(UserError, match="year 2010; write 2007 .* or 2012"):
+        register_datasets(small_cfg(DATASETS__VOC=((*row[:4], 2010),)))
+    with pytest.raises(UserError, match="names a class twice"):
+        register_datasets(small_cfg(DATASETS__VOC=((*row[:3], ("cat", "cat"), 2012),)))

@@ -1,0 +1,83 @@
+"""Teacher, plain student, distilled student, and the evaluation of each, through train_net.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from .runs import TINY, average_precision, checkpoint, contents, scalars, write_config
+
+PLAIN_TERMS = {"loss_cls", "loss_box_reg"}
+DISTILLED_TERMS = PLAIN_TERMS | {"loss_crosskd_cls", "loss_crosskd_box", "loss_pkd", "loss_imitation"}
+
+
+@pytest.mark.parametrize(
+    "name, terms", [("teacher", PLAIN_TERMS), ("plain", PLAIN_TERMS), ("distilled", DISTILLED_TERMS)]
+)
+def test_metrics_hold_every_term(request, name, terms):
+    values = scalars(request.getfixturevalue(name).folder)
+    assert {key for key in values if key.startswith("loss")} == terms
+    assert all(math.isfinite(values[key]) for key in terms)
+    assert values["train_seconds"] > 0 and values["lr"] > 0
+    assert 0 <= values["bbox/AP"] <= 100 and (values["bbox/AP50"] > 20) == (name == "teacher")
+
+
+def test_log_tells_the_teacher(distilled, teacher):
+    log = (distilled.folder / "log.txt").read_text()
+    assert log.count("Teacher: RetinaNet") == 1 and f"from {teacher.weights}, fingerprint" in log
+
+
+def test_distilled_checkpoint_is_a_student_checkpoint(distilled, plain):
+    ours, theirs = checkpoint(distilled.weights), checkpoint(plain.weights)
+    assert {name: value.shape for name, value in ours["model"].items()} == {
+        name: value.shape for name, value in theirs["model"].items()
+    }
+    assert set(ours) - set(theirs) == {"distill"} and len(ours["distill"]) == 6  # adapters of three levels
+    assert any(not torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
+
+
+@pytest.mark.parametrize("trained", ["teacher", "plain", "distilled"])
+def test_evaluation_gives_the_training_run_s_result(request, server, trained):
+    run = request.getfixturevalue(trained)
+    before = contents(run.folder)
+    outcome = server.run("--config-file", run.config, "--eval-only", "MODEL.WEIGHTS", run.weights).succeeded()
+    expected = [scalars(run.folder)[f"bbox/{name}"] for name in ("AP", "AP50", "AP75")]
+    assert average_precision(outcome) == pytest.approx(expected, abs=1e-4)
+    after = contents(run.folder)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed >= {"inference/config.yaml", "inference/log.txt"}
+    assert {name.partition("/")[0] for name in changed} == {"inference"}
+
+
+def test_distilled_checkpoint_is_evaluated_without_distillation(server, distilled, plain, tmp_path):
+    outcome = server.run(
+        "--config-file", plain.config, "--eval-only", "MODEL.WEIGHTS", distilled.weights, "OUTPUT_DIR", tmp_path
+    ).succeeded()
+    assert average_precision(outcome)[0] == pytest.approx(scalars(distilled.folder)["bbox/AP"], abs=1e-4)
+
+
+def test_evaluation_needs_no_teacher(server, distilled, tmp_path):
+    outcome = server.run(
+        "--config-file", distilled.config, "--eval-only", "MODEL.WEIGHTS", distilled.weights,
+        "MODEL.DISTILL.TEACHER.WEIGHTS", tmp_path / "none.pth", "OUTPUT_DIR", tmp_path,
+    ).succeeded()
+    assert "Teacher" not in outcome.stdout
+
+
+def test_voc_evaluation(server, teacher, voc_data, tmp_path):
+    config = write_config(tmp_path / "voc.yaml", {"_BASE_": str(teacher.config)}, voc_data)
+    outcome = server.run(
+        "--config-file", config, "--eval-only", "MODEL.WEIGHTS", teacher.weights, "OUTPUT_DIR", tmp_path
+    ).succeeded()
+    ap, ap50, ap75 = average_precision(outcome)
+    assert 0 <= ap75 <= ap50 <= 100 and 0 <= ap <= 100 and "AP,AP50,AP75\n" in outcome.stdout
+
+
+def test_without_a_gpu_the_cpu_is_used_and_the_log_says_so(server, data, tmp_path):
+    config = write_config(tmp_path / "c.yaml", TINY, data, {"MODEL": {"DEVICE": "cuda"}, "SOLVER": {"MAX_ITER": 1}})
+    outcome = server.run("--config-file", config, "OUTPUT_DIR", tmp_path / "out", "DATASETS.TEST", "()").succeeded()
+    for text in (outcome.stdout, (tmp_path / "out" / "log.txt").read_text()):
+        assert text.count("MODEL.DEVICE is cuda, but there is no GPU: using the CPU.") == 1
+    assert "WARNING" in outcome.stdout and "MODEL.DEVICE" not in outcome.stderr

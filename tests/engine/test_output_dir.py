@@ -1,0 +1,117 @@
+"""An output folder is not overwritten by another run, and a run is resumed only as itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from d2_distill.config import get_distill_cfg
+from d2_distill.engine.output_dir import claim_output_dir
+from d2_distill.errors import UserError
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The config of a run with a checkpoint, whose folder holds what training writes."""
+    cfg = get_distill_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
+    cfg.DATASETS.TRAIN = ("mine",)
+    cfg.DATASETS.COCO = (("mine", "mine.json", "mine"), ("other", "other.json", "other"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text(cfg.dump())
+    (tmp_path / "out" / "metrics.json").write_text('{"iteration": 1}\n')
+    (tmp_path / "out" / "last_checkpoint").write_text("model_0000001.pth")
+    return cfg
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_new_and_empty_folders_are_free(tmp_path, resume):
+    cfg = get_distill_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
+    claim_output_dir(cfg, resume=resume)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("A: 1")  # of a run that failed before it began
+    (tmp_path / "out" / "metrics.json").write_text("")
+    claim_output_dir(cfg, resume=resume)
+    assert (tmp_path / "out" / "config.yaml").read_text() == "A: 1"
+
+
+@pytest.mark.parametrize("left", ["last_checkpoint", "metrics.json"])
+def test_another_run_is_refused_without_resume(run, tmp_path, left):
+    for name in {"last_checkpoint", "metrics.json"} - {left}:
+        (tmp_path / "out" / name).unlink()
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match=rf"{run.OUTPUT_DIR} holds a run already \({left}\).*--resume"):
+        claim_output_dir(run, resume=False)
+    assert contents(tmp_path / "out") == before
+
+
+def test_file_in_place_of_the_folder(tmp_path):
+    cfg = get_distill_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="OUTPUT_DIR .*out is a file"):
+        claim_output_dir(cfg, resume=False)
+
+
+def test_same_run_is_resumed(run):
+    claim_output_dir(run, resume=True)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("SOLVER.MAX_ITER", 7),
+    ("SOLVER.STEPS", (5,)),
+    ("SOLVER.CHECKPOINT_PERIOD", 3),
+    ("TEST.EVAL_PERIOD", 3),
+    ("DATALOADER.NUM_WORKERS", 0),
+    ("DATASETS.TEST", ("mine",)),
+    ("DATASETS.COCO", (("mine", "mine.json", "mine"),)),
+    ("MODEL.DEVICE", "cpu"),
+    ("MODEL.WEIGHTS", "other.pth"),
+])
+def test_what_may_change(run, key, value):
+    run.merge_from_list([key, value])
+    claim_output_dir(run, resume=True)
+
+
+@pytest.mark.parametrize("key, value, sentence", [
+    ("SOLVER.IMS_PER_BATCH", 3, "SOLVER.IMS_PER_BATCH was 16 and is 3"),
+    ("SOLVER.BASE_LR", 0.5, "SOLVER.BASE_LR was 0.001 and is 0.5"),
+    ("SEED", 5, "SEED was -1 and is 5"),
+    ("INPUT.MIN_SIZE_TRAIN", (100,), r"INPUT.MIN_SIZE_TRAIN was \[800\] and is \[100\]"),
+    ("MODEL.RETINANET.NUM_CLASSES", 3, "MODEL.RETINANET.NUM_CLASSES was 80 and is 3"),
+    ("MODEL.DISTILL.STUDENT", "FCOS", "MODEL.DISTILL.STUDENT was 'RetinaNet' and is 'FCOS'"),
+    ("DATASETS.TRAIN", ("other",), "DATASETS.COCO was .* DATASETS.TRAIN was .'mine'. and is .'other'."),
+    ("DATASETS.COCO", (("mine", "new.json", "mine"),), "DATASETS.COCO was .*mine.json.* and is .*new.json.*"),
+])
+def test_what_defines_a_run(run, tmp_path, key, value, sentence):
+    before = contents(tmp_path / "out")
+    run.merge_from_list([key, value])
+    with pytest.raises(UserError, match=f"{run.OUTPUT_DIR} holds .* another config: {sentence}; resume"):
+        claim_output_dir(run, resume=True)
+    assert contents(tmp_path / "out") == before
+
+
+def test_weights_define_a_run_before_its_first_checkpoint(run, tmp_path):
+    (tmp_path / "out" / "last_checkpoint").unlink()
+    run.MODEL.WEIGHTS = "other.pth"
+    with pytest.raises(UserError, match="MODEL.WEIGHTS was '' and is 'other.pth'"):
+        claim_output_dir(run, resume=True)
+
+
+def test_many_differences_are_counted(run):
+    run.merge_from_list(["SEED", 1, "SOLVER.BASE_LR", 0.5, "SOLVER.GAMMA", 0.5, "INPUT.FORMAT", "RGB"])
+    with pytest.raises(UserError, match="INPUT.FORMAT was .*, SEED was .*, SOLVER.BASE_LR .* and 1 more; "):
+        claim_output_dir(run, resume=True)
+
+
+@pytest.mark.parametrize("text", [None, "A: [", "just text", ""])
+def test_run_whose_config_is_lost(run, tmp_path, text):
+    path = tmp_path / "out" / "config.yaml"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match=f"holds a run whose {path} cannot be read; restore it"):
+        claim_output_dir(run, resume=True)

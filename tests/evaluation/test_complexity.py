@@ -1,0 +1,42 @@
+"""Parameters and multiply-adds of a model small enough to count by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from d2_distill.evaluation.complexity import count_flops, count_parameters
+
+
+class Counted(nn.Module):
+    """One convolution and one linear layer, in Detectron2's calling convention."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, kernel_size=3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, 5, bias=False)
+
+    def forward(self, batched_inputs):
+        images = torch.stack([inputs["image"] for inputs in batched_inputs])
+        return self.linear(self.norm(self.conv(images)).mean(dim=(2, 3)))
+
+
+def test_counts_by_hand():
+    model = Counted()
+    model.conv.weight.requires_grad_(False)
+    assert count_parameters(model) == (3 * 4 * 9 + 4) + (4 + 4) + 4 * 5
+    inputs = [{"image": torch.zeros(3, 8, 10)}] * 2
+    assert count_flops(model, inputs) == 2 * (8 * 10 * 3 * 4 * 9 + 4 * 5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_is_left_as_it_was(training):
+    model = Counted().train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    count_flops(model, [{"image": torch.ones(3, 8, 8)}])
+    with pytest.raises(KeyError):
+        count_flops(model, [{}])
+    assert model.training is training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

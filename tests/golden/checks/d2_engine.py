@@ -1,0 +1,267 @@
+"""Checkpoints, the default trainer and the torchvision conversion against the recorded runs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import default_setup
+from fvcore.common.checkpoint import PeriodicCheckpointer
+from PIL import Image
+from torch import nn
+
+from d2_distill.config import get_distill_cfg
+from d2_distill.engine import Trainer
+from d2_distill.student import build_student
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+from convert_torchvision_resnet import convert  # noqa: E402
+
+LEFT_OUT = {
+    "model_zoo_urls": "the project ships its own base configs and does not use the zoo's table",
+    "default_trainer_run: DefaultTrainer's constructor": "the project's own Trainer, a DefaultTrainer, runs",
+}
+
+
+def check_matching(data, arrays, name, tmp_path):
+    for case in data["matching"]:
+        model = {key: torch.zeros(shape) for key, shape in case["model"].items()}
+        entries = case["ckpt_in_order_value_is_index_plus_1"].items()
+        checkpoint = {key: torch.full(shape, float(value)) for value, (key, shape) in enumerate(entries, 1)}
+        if "raises" in case:
+            with pytest.raises(ValueError):
+                align_and_update_state_dicts(model, checkpoint, c2_conversion=case["c2"])
+            continue
+        result = align_and_update_state_dicts(model, checkpoint, c2_conversion=case["c2"])
+        found = {key: {"shape": list(value.shape), "first_value": value.flatten()[0].item()}
+                 for key, value in result.items()}
+        assert found == case["result"], case["desc"]
+    _check_caffe2_names(data["c2_basic_names"])
+    _check_caffe2_detector(data["c2_detectron"])
+
+
+def _check_caffe2_names(names):
+    # One at a time: two of the recorded names become the same one.
+    for old, new in names.items():
+        result = align_and_update_state_dicts({new: torch.zeros(1)}, {old: torch.ones(1)}, c2_conversion=True)
+        assert list(result) == [new], old
+
+
+def _check_caffe2_detector(data):
+    inputs = data["inputs"].items()
+    checkpoint = {key: torch.arange(float(np.prod(shape))).reshape(shape) for key, shape in inputs}
+    model = {out["new_name"]: torch.zeros(out["new_shape"]) for out in data["outputs"].values()}
+    result = align_and_update_state_dicts(model, checkpoint, c2_conversion=True)
+    assert set(result) == set(model)
+    for old, expected in data["outputs"].items():
+        value = result[expected["new_name"]]
+        assert list(value.shape) == expected["new_shape"], old
+        assert value.flatten()[:3].tolist() == expected["first3"], old
+
+
+def _small_model():
+    """A layer called backbone.fc, filled with zeros; the files of the cases hold sums of 4 for it."""
+    model = nn.Sequential(OrderedDict(backbone=nn.Sequential(OrderedDict(fc=nn.Linear(4, 4)))))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
+_WEIGHT, _BIAS = np.eye(4, dtype=np.float32), np.ones(4, dtype=np.float32)
+
+
+def _arrays(prefix):
+    return {f"{prefix}fc.weight": _WEIGHT.copy(), f"{prefix}fc.bias": _BIAS.copy()}
+
+
+def _tensors(prefix):
+    return {key: torch.from_numpy(value) for key, value in _arrays(prefix).items()}
+
+
+# description of the recorded case -> (file name, content, query)
+_FILES = {
+    ".pkl with model+__author__ (numpy), no heuristics, exact names":
+        ("a.pkl", {"model": _arrays("backbone."), "__author__": "x"}, ""),
+    ".pkl with model+__author__ and matching_heuristics, short names":
+        ("b.pkl", {"model": _arrays(""), "__author__": "x", "matching_heuristics": True}, ""),
+    ".pkl with blobs (Caffe2); _momentum entries dropped":
+        ("c.pkl", {"blobs": {"fc_w": _WEIGHT, "fc_b": _BIAS, "fc_w_momentum": _WEIGHT}}, ""),
+    ".pth bare state dict": ("d.pth", _tensors("backbone."), ""),
+    ".pth with model key and module. prefix (DDP)": ("e.pth", {"model": _tensors("module.backbone.")}, ""),
+    ".pth short names, no query": ("f.pth", {"model": _tensors("")}, ""),
+    ".pth short names with ?matching_heuristics=True":
+        ("g.pth", {"model": _tensors("")}, "?matching_heuristics=True"),
+    ".pth with unknown query": ("h.pth", {"model": _tensors("backbone.")}, "?heuristics=1"),
+    ".pth with wrong shape":
+        ("i.pth", {"model": {**_tensors("backbone."), "backbone.fc.weight": torch.ones(2, 2)}}, ""),
+    ".pth extra top-level keys":
+        ("j.pth", {"model": _tensors("backbone."), "iteration": 7, "foo": "bar"}, ""),
+    ".pyth pycls": ("k.pyth", {"model_state": _tensors("")}, ""),
+}
+
+
+def check_files(data, arrays, name, tmp_path):
+    _check_saved_files(data["save"], tmp_path / "saved")
+    for case in data["load_cases"]:
+        file_name, content, query = _FILES[case["desc"]]
+        path = tmp_path / file_name
+        if path.suffix == ".pkl":
+            path.write_bytes(pickle.dumps(content))
+        else:
+            torch.save(content, path)
+        model = _small_model()
+        if "raises" in case:
+            with pytest.raises(ValueError):
+                DetectionCheckpointer(model).load(f"{path}{query}")
+            continue
+        rest = DetectionCheckpointer(model).load(f"{path}{query}")
+        assert model.backbone.fc.weight.sum().item() == case["loaded_weight_sum"], case["desc"]
+        assert model.backbone.fc.bias.sum().item() == case["loaded_bias_sum"], case["desc"]
+        assert sorted(rest) == case["returned_keys"], case["desc"]
+
+
+def _check_saved_files(expected, folder):
+    folder.mkdir()
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    checkpointer = DetectionCheckpointer(model, str(folder), optimizer=optimizer)
+    PeriodicCheckpointer(checkpointer, period=5).step(4)
+    assert sorted(path.name for path in folder.iterdir()) == expected["files"]
+    assert (folder / "last_checkpoint").read_text() == expected["last_checkpoint_content"]
+    content = torch.load(checkpointer.get_checkpoint_file())
+    assert sorted(content) == expected["top_level_keys"]
+    assert sorted(content["model"]) == expected["model_keys"]
+    assert content["iteration"] == expected["iteration"]
+
+
+def check_torchvision_names(data, arrays, name, tmp_path):
+    model = getattr(torchvision.models, name.split("_")[-1])()
+    state_dict = model.state_dict()
+    assert set(state_dict) == set(data)
+    converted = convert(state_dict)
+    assert converted["__author__"] == "torchvision" and converted["matching_heuristics"] is True
+    assert {key: list(value.shape) for key, value in converted["model"].items()} == dict(data.values())
+    for old, (new, _) in data.items():
+        assert isinstance(converted["model"][new], np.ndarray)
+        assert np.array_equal(converted["model"][new], state_dict[old].numpy())
+
+
+def _write_dataset(folder: Path) -> str:
+    """Four noisy images with a small box of class a and a large one of class b; returns the json file."""
+    rng = np.random.RandomState(0)
+    images, annotations = [], []
+    for index in range(1, 5):
+        Image.fromarray(rng.randint(0, 256, (64, 64, 3)).astype(np.uint8)).save(folder / f"{index}.png")
+        images.append({"id": index, "file_name": f"{index}.png", "height": 64, "width": 64})
+        for category, side in ((1, 16), (2, 40)):
+            annotations.append({"id": 2 * index + category, "image_id": index, "category_id": category,
+                                "bbox": [4 * index, 4, side, side], "area": side * side, "iscrowd": 0})
+    path = folder / "annotations.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations,
+                                "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}))
+    return str(path)
+
+
+def _trainer_cfg(dataset: str, output_dir: str):
+    cfg = get_distill_cfg()
+    cfg.merge_from_list([
+        "MODEL.DEVICE", "cpu",
+        "MODEL.META_ARCHITECTURE", "RetinaNet",
+        "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
+        "MODEL.RESNETS.DEPTH", 18,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS", 64,
+        "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"],
+        "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"],
+        "MODEL.FPN.OUT_CHANNELS", 16,
+        "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64], [128], [256], [512]],
+        "MODEL.RETINANET.NUM_CLASSES", 2,
+        "MODEL.RETINANET.NUM_CONVS", 1,
+        "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0,
+        "MODEL.WEIGHTS", "",
+        "DATASETS.TRAIN", (dataset,),
+        "DATASETS.TEST", (dataset,),
+        "DATALOADER.NUM_WORKERS", 0,
+        "INPUT.MIN_SIZE_TRAIN", (64,),
+        "INPUT.MIN_SIZE_TEST", 64,
+        "SOLVER.IMS_PER_BATCH", 2,
+        "SOLVER.BASE_LR", 0.001,
+        "SOLVER.MAX_ITER", 6,
+        "SOLVER.STEPS", (4,),
+        "SOLVER.WARMUP_ITERS", 0,
+        "SOLVER.CHECKPOINT_PERIOD", 3,
+        "TEST.EVAL_PERIOD", 3,
+        "SEED", 1,
+        "OUTPUT_DIR", output_dir,
+    ])
+    return cfg
+
+
+def check_default_trainer_run(data, arrays, name, tmp_path):
+    dataset = "golden_default_trainer_run"
+    register_coco_instances(dataset, {}, _write_dataset(tmp_path), str(tmp_path))
+    try:
+        _check_run(data, _trainer_cfg(dataset, str(tmp_path / "output")), tmp_path / "output")
+    finally:
+        DatasetCatalog.remove(dataset)
+        MetadataCatalog.remove(dataset)
+
+
+# Hooks that the project adds to DefaultTrainer's, and what they write.
+_OWN_HOOKS = {"SeedEveryStep", "LossNormalizers", "TrainingClock", "StopOnSignal"}
+_OWN_SCALARS = {"train_seconds"}
+
+
+def _check_run(data, cfg, output):
+    default_setup(cfg, None)
+    trainer = Trainer(cfg, build_student(cfg))
+    trainer.resume_or_load(resume=False)
+    hooks = [type(hook).__name__ for hook in trainer._hooks]
+    assert [name for name in hooks if name not in _OWN_HOOKS] == data["hooks_in_order"]
+    assert type(trainer.train()).__name__ == data["train_returns"]
+
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert [[sorted(line.keys() - _OWN_SCALARS)] for line in lines] == data["metrics_json_keys_per_line"]
+    assert [line["iteration"] for line in lines] == data["metrics_json_iterations"]
+    assert [[line["iteration"], line.get("lr")] for line in lines] == [
+        [iteration, lr if lr is None else pytest.approx(lr)] for iteration, lr in data["lr_values"]]
+
+    # log.txt and config.yaml are default_setup's; TensorBoard's files depend on its being installed.
+    files = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    others = {file for file in files if file.startswith("events.")} | {"log.txt", "config.yaml"}
+    assert sorted(files - others) == data["files"]
+    assert (output / "last_checkpoint").read_text() == data["last_checkpoint"]
+
+    checkpoint = torch.load(output / "model_final.pth")
+    assert sorted(checkpoint) == data["checkpoint_top_keys"]
+    assert checkpoint["iteration"] == data["checkpoint_iteration"]
+    state = checkpoint["trainer"]
+    assert sorted(state.pop("_trainer")) == data["checkpoint_trainer__trainer_keys"]
+    state["hooks"] = {name: value for name, value in state["hooks"].items() if name not in _OWN_HOOKS}
+    assert state["hooks"]["LRScheduler"] == data["checkpoint_scheduler"]
+    state["hooks"]["LRScheduler"]["base_lrs"] = "list"  # recorded so
+    assert state == data["checkpoint_trainer"]
+
+    resumed = Trainer(cfg, build_student(cfg))
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == data["after_resume_start_iter"]
+    assert resumed.scheduler.state_dict() == data["checkpoint_scheduler"]
+
+
+CHECKS = {
+    "checkpoint_matching": check_matching,
+    "checkpoint_files": check_files,
+    "torchvision_names_resnet18": check_torchvision_names,
+    "torchvision_names_resnet50": check_torchvision_names,
+    "default_trainer_run": check_default_trainer_run,
+}

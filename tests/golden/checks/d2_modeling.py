@@ -1,0 +1,349 @@
+"""Checks of whole models and their parts: anchors, box coding, matching, pooling, ResNet, FPN, detectors."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.modeling import FCOS, FPN, build_model, build_resnet_backbone, detector_postprocess
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.box_regression import (
+    Box2BoxTransform,
+    Box2BoxTransformLinear,
+    _dense_box_regression_loss,
+)
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
+from detectron2.modeling.sampling import subsample_labels
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from ..cases import fill_parameters, golden_gt, golden_image, hash_u
+
+BASELINES = Path(__file__).parents[3] / "configs" / "baselines"
+ZOO_BASES = {
+    "retinanet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+    "frcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+}
+LEFT_OUT = {
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml": "no masks, so no config is shipped",
+    "linear_norm_False": "FCOS measures distances in strides",
+}
+
+
+def close(actual, expected, rtol=1e-5, atol=1e-6):
+    """Assert equality up to the tolerances, of shapes too."""
+    actual = np.asarray(actual.detach() if isinstance(actual, torch.Tensor) else actual, dtype=np.float64)
+    expected = np.asarray(expected, dtype=np.float64)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
+
+
+def zoo_model(base_config, overrides):
+    cfg = get_cfg()
+    cfg.merge_from_file(str(BASELINES / base_config))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *overrides])
+    return build_model(cfg)
+
+
+def fcos_model(depth=50, out_ch=256, convs=4, nc=80, norm="GN", radius=1.5, score=0.2, nms=0.6, freeze=0,
+               topk=1000, dets=100):
+    """The FCOS of the recordings (README of the suite), which has no config file."""
+    names = ["res3", "res4", "res5"]
+    cfg = get_cfg()
+    cfg.merge_from_list([
+        "MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256 if depth >= 50 else 64,
+        "MODEL.RESNETS.OUT_FEATURES", names, "MODEL.BACKBONE.FREEZE_AT", freeze,
+    ])
+    bottom_up = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    top_block = LastLevelP6P7(out_ch, out_ch, in_feature="p5")
+    return FCOS(
+        backbone=FPN(bottom_up, in_features=names, out_channels=out_ch, top_block=top_block),
+        head=FCOSHead(
+            input_shape=[ShapeSpec(channels=out_ch)] * 5,
+            num_classes=nc,
+            conv_dims=[out_ch] * convs,
+            norm=norm,
+        ),
+        head_in_features=["p3", "p4", "p5", "p6", "p7"],
+        num_classes=nc,
+        center_sampling_radius=radius,
+        test_score_thresh=score,
+        test_nms_thresh=nms,
+        test_topk_candidates=topk,
+        max_detections_per_image=dets,
+        pixel_mean=[103.53, 116.28, 123.675],
+        pixel_std=[1.0, 1.0, 1.0],
+    )
+
+
+def check_anchors(data, arrays, name, tmp_path):
+    for case in data["cases"]:
+        generator = DefaultAnchorGenerator(
+            **{key: case[key] for key in ("sizes", "aspect_ratios", "strides", "offset")})
+        assert list(generator.num_anchors) == case["num_anchors"]
+        assert not generator.state_dict()
+        for actual, expected in zip(generator.cell_anchors, case["cell_anchors"]):
+            close(actual, expected)
+        anchors = generator([torch.zeros(1, 1, h, w) for h, w in case["grids_hw"]])
+        assert len(anchors) == len(case["anchors"])
+        for actual, expected in zip(anchors, case["anchors"]):
+            close(actual.tensor, expected, atol=1e-5)
+
+
+def check_box_regression(data, arrays, name, tmp_path):
+    src, target, deltas = (torch.tensor(data[key]) for key in ("src", "target", "deltas"))
+    for key, expected in data["results"].items():
+        if key in LEFT_OUT:
+            continue
+        if key == "linear_norm_True":
+            transform = Box2BoxTransformLinear()
+        else:
+            transform = Box2BoxTransform(weights=ast.literal_eval(key))
+            assert transform.scale_clamp == pytest.approx(data["scale_clamp"])
+            both = transform.apply_deltas(torch.cat([deltas, deltas * 0.5], dim=1), src)
+            close(both, expected["apply_two_classes"], atol=1e-3)
+        close(transform.get_deltas(src, target), expected["get_deltas"])
+        close(transform.apply_deltas(deltas, src), expected["apply_deltas"], atol=1e-3)
+
+    recorded = data["dense_loss_sum"]
+    for key, expected in recorded["values"].items():
+        loss_type, beta = key.rsplit("_beta", 1)
+        loss = _dense_box_regression_loss(
+            [Boxes(src)], Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)), [deltas[None] * 0.25], [target],
+            torch.tensor([recorded["fg_mask"]]), box_reg_loss_type=loss_type, smooth_l1_beta=float(beta))
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def check_matcher_nms_sampling(data, arrays, name, tmp_path):
+    quality = torch.tensor(data["quality"])
+    for case in data["matcher"]:
+        matcher = Matcher(
+            case["thresholds"], case["labels"], allow_low_quality_matches=case["allow_low_quality"])
+        matches, labels = matcher(quality)
+        assert matches.dtype == torch.int64 and labels.dtype == torch.int8
+        assert matches.tolist() == case["matches"]
+        assert labels.tolist() == case["match_labels"]
+    empty = data["matcher_no_gt"]
+    matches, labels = Matcher([0.3, 0.7], empty["labels"])(torch.zeros(empty["quality_shape"]))
+    assert matches.tolist() == empty["matches"] and labels.tolist() == empty["match_labels"]
+
+    nms = data["nms"]
+    boxes, scores, ids = torch.tensor(nms["boxes"]), torch.tensor(nms["scores"]), torch.tensor(nms["ids"])
+    for threshold, keep in nms["keep"].items():
+        assert batched_nms(boxes, scores, ids, float(threshold)).tolist() == keep
+
+    sample = data["subsample"]
+    labels = torch.tensor(sample["labels"])
+    torch.manual_seed(sample["torch_seed"])
+    pos, neg = subsample_labels(labels, 16, 0.25, sample["bg_label"])
+    assert {"pos": pos.tolist(), "neg": neg.tolist()} == sample["num16_frac0.25"]
+    pos, neg = subsample_labels(labels, 500, 0.5, sample["bg_label"])
+    assert {"pos": sorted(pos.tolist()), "neg": sorted(neg.tolist())} == sample["num500_frac0.5_sorted"]
+
+
+def check_roi_pooler(data, arrays, name, tmp_path):
+    features = []
+    for i in range(3):
+        h, w = 32 >> i, 40 >> i
+        values = hash_u(f"feat6:{i}", 2 * h * w).astype(np.float32)
+        features.append(torch.from_numpy(values).reshape(1, 2, h, w))
+    boxes = Boxes(torch.tensor(data["boxes"]))
+    for key, expected in data["results_flat"].items():
+        pooler_type, ratio = key.split("_sr")
+        pooler = ROIPooler(3, (1 / 4, 1 / 8, 1 / 16), int(ratio), pooler_type, 56, 3)
+        pooled = pooler(features, [boxes])
+        assert pooled.shape == (len(boxes), 2, 3, 3)
+        close(pooled.flatten(), expected)
+        assert pooler(features, [boxes[:0]]).shape == (0, 2, 3, 3)
+
+    squares = data["level_assignment_for_squares"]
+    sides = torch.tensor(squares["sides"], dtype=torch.float32)
+    boxes = Boxes(torch.stack([torch.zeros_like(sides), torch.zeros_like(sides), sides, sides], dim=1))
+    levels = assign_boxes_to_levels(
+        [boxes], squares["min_level"], squares["max_level"], *squares["canonical"])
+    assert levels.tolist() == squares["levels_minus_2"]
+
+
+def check_postprocess(data, arrays, name, tmp_path):
+    boxes = Boxes(torch.tensor(data["boxes"]))
+    scores = torch.arange(len(boxes)).float()
+    results = Instances(tuple(data["image_size_hw"]), pred_boxes=boxes, scores=scores)
+    output = detector_postprocess(results, *data["output_hw"])
+    assert output.image_size == tuple(data["output_hw"])
+    close(output.pred_boxes.tensor, data["out_boxes"])
+    assert output.scores.tolist() == data["kept_scores"]
+    close(results.pred_boxes.tensor, data["input_boxes_modified_in_place_or_rebound"])
+
+
+def check_init_stats(data, arrays, name, tmp_path):
+    builders = {
+        "retinanet_r18": lambda: zoo_model(
+            ZOO_BASES["retinanet"], ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]),
+        "frcnn_r50": lambda: zoo_model(ZOO_BASES["frcnn"], []),
+        "fcos_r18_head": lambda: fcos_model(depth=18),
+    }
+    assert set(data) == set(builders)
+    for key, expected in data.items():
+        torch.manual_seed(0)
+        parameters = dict(builders[key]().named_parameters())
+        for parameter, stats in expected.items():
+            value = parameters[parameter].detach().double()
+            assert value.numel() == stats["n"]
+            measured = [value.mean().item(), value.std().item() if value.numel() > 1 else 0.0]
+            # recorded with 5 digits
+            assert measured == pytest.approx([stats["mean"], stats["std"]], rel=1e-4, abs=1e-9), parameter
+
+
+def check_state_dict_shapes(data, arrays, name, tmp_path):
+    model = zoo_model(ZOO_BASES[data["base"]], data["config_overrides"]) if "base" in data else fcos_model()
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == data["state_dict"]
+    assert list(shapes) == list(data["state_dict"])
+    assert sum(p.numel() for p in model.parameters()) == data["num_params"]
+    if "base" in data:
+        frozen = [key for key, p in model.named_parameters() if not p.requires_grad]
+        assert frozen == data["frozen_parameters"]
+        assert len(list(model.parameters())) - len(frozen) == data["trainable"]
+
+
+def flat(node, prefix=""):
+    """The config as ``{"A.B.C": value}``, tuples as lists."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def check_config_zoo_diffs(data, arrays, name, tmp_path):
+    default = dict(flat(get_cfg()))
+    for config, expected in data.items():
+        if config in LEFT_OUT:
+            continue
+        cfg = get_cfg()
+        cfg.merge_from_file(str(BASELINES / config))
+        changed = {key: value for key, value in flat(cfg) if value != default[key]}
+        assert set(changed) == set(expected), config
+        for key, value in expected.items():
+            if key.endswith("ANCHOR_GENERATOR.SIZES"):
+                close(changed[key], value)
+            else:
+                assert changed[key] == value, (config, key)
+
+
+def _batch(data, arrays):
+    batch = []
+    for i, ((h, w), n) in enumerate(zip(data["image_sizes_hw"], data["num_gt"])):
+        tag = f"{data['case']}:{i}"
+        boxes, classes = golden_gt(tag, n, h, w, data["num_classes"])
+        close(boxes, arrays[f"gt_boxes_{i}"])
+        close(classes, arrays[f"gt_classes_{i}"])
+        instances = Instances((h, w), gt_boxes=Boxes(boxes), gt_classes=classes)
+        batch.append({"image": golden_image(tag, h, w), "instances": instances, "height": 2 * h,
+                      "width": int(1.5 * w), "image_id": i})
+    return batch
+
+
+def _check_levels(levels, arrays, key, step=5):
+    """Per-level tensors against ``<key>_<l>``, level 0 as every 5th element."""
+    for level, value in enumerate(levels):
+        if level == 0:
+            close(value.flatten()[::step], arrays[f"{key}_0_every{step}"], rtol=1e-4, atol=1e-4)
+        else:
+            close(value, arrays[f"{key}_{level}"], rtol=1e-4, atol=1e-4)
+
+
+def _check_eval(model, batch, data, arrays):
+    images = model.preprocess_image(batch)
+    assert list(images.tensor.shape) == data["padded_tensor_shape"]
+    features = model.backbone(images.tensor)
+    assert list(features) == list(data["features"])
+    for key, expected in data["features"].items():
+        value = features[key]
+        assert list(value.shape) == expected["shape"]
+        stats = [value.mean(), value.std(), value.abs().sum()]
+        close(stats, [expected[key] for key in ("mean", "std", "abssum")], rtol=1e-4)
+        if f"feat_{key}" in arrays:
+            close(value, arrays[f"feat_{key}"], rtol=1e-4, atol=1e-4)
+        elif f"feat_{key}_every7" in arrays:
+            close(value.flatten()[::7], arrays[f"feat_{key}_every7"], rtol=1e-4, atol=1e-4)
+
+    if hasattr(model, "proposal_generator"):
+        rpn = model.proposal_generator
+        logits, deltas = rpn.rpn_head([features[key] for key in rpn.in_features])
+        _check_levels(logits, arrays, "rpn_logits")
+        _check_levels(deltas, arrays, "rpn_deltas")
+        for i, proposals in enumerate(rpn(images, features)[0]):
+            close(proposals.proposal_boxes.tensor, arrays[f"proposals_{i}"], atol=1e-2)
+            close(proposals.objectness_logits, arrays[f"proposal_logits_{i}"], atol=1e-4)
+    else:
+        levels = [features[key] for key in model.head_in_features]
+        anchors = model.anchor_generator(levels)
+        assert [len(boxes) for boxes in anchors] == data["anchors_per_level"]
+        for key, value in zip(("head_cls", "head_reg", "head_ctr"), model.head(levels)):
+            _check_levels(value, arrays, key)
+
+    for i, output in enumerate(model(batch)):
+        result, expected = output["instances"], data["detections"][i]
+        assert len(result) == expected["count"] and list(result.image_size) == expected["image_size"]
+        close(result.pred_boxes.tensor, arrays[f"det_boxes_{i}"], atol=1e-2)
+        close(result.scores, arrays[f"det_scores_{i}"], atol=1e-4)
+        assert result.pred_classes.tolist() == arrays[f"det_classes_{i}"].tolist()
+
+
+def _check_training_step(model, batch, expected):
+    model.zero_grad()
+    with EventStorage(0) as storage:
+        losses = model(batch)
+    sum(losses.values()).backward()
+    assert set(losses) == set(expected["losses"])
+    for key, value in expected["losses"].items():
+        assert losses[key].item() == pytest.approx(value, rel=1e-4), key
+    scalars = {key: value for key, (value, _) in storage.latest().items()}
+    assert scalars == pytest.approx(expected["storage_scalars"], rel=1e-6)
+    if "grad_l2_norm" in expected:
+        norms = {key: None if p.grad is None else p.grad.norm().item() for key, p in model.named_parameters()}
+        assert [key for key in norms if norms[key] is None] == expected["parameters_without_grad"]
+        assert list(norms) == list(expected["grad_l2_norm"])
+        for key, value in expected["grad_l2_norm"].items():
+            if value is not None:
+                assert norms[key] == pytest.approx(value, rel=1e-3, abs=1e-7), key
+
+
+def check_model(data, arrays, name, tmp_path):
+    description = data["description"]
+    if "fcos_args" in description:
+        model = fcos_model(**description["fcos_args"])
+    else:
+        model = zoo_model(description["base_config"], description["overrides"])
+    fill_parameters(model, data["salt"])
+    batch = _batch(data, arrays)
+    model.eval()
+    with torch.no_grad():
+        _check_eval(model, batch, data, arrays)
+    model.train()
+    for expected in data["training_steps"]:
+        _check_training_step(model, batch, expected)
+    if "loss_normalizer_after" in data:
+        assert model.loss_normalizer == pytest.approx(data["loss_normalizer_after"])
+
+
+CHECKS = {
+    "anchors": check_anchors,
+    "box_regression": check_box_regression,
+    "matcher_nms_sampling": check_matcher_nms_sampling,
+    "roi_pooler": check_roi_pooler,
+    "postprocess": check_postprocess,
+    "init_stats": check_init_stats,
+    "state_dict_shapes": check_state_dict_shapes,
+    "config_zoo_diffs": check_config_zoo_diffs,
+    "models": check_model,
+}

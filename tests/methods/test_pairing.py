@@ -1,0 +1,173 @@
+"""Pairs that work, through adapters or not at all, and the sentences for those that do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from d2_distill.errors import UserError
+from d2_distill.methods import build_methods
+from d2_distill.methods.pairing import FeaturePair, pair_features, require_same_classes
+from d2_distill.staged import stage_detector
+from d2_distill.teacher import Teacher
+
+from ..small_detectors import batch, build, detector_cfg, distiller_cfg
+
+TWO_LEVELS = {"RETINANET__IN_FEATURES": ["p3", "p4"], "ANCHOR_GENERATOR__SIZES": [[16, 24], [32, 48]]}
+HIGH_LEVELS = {
+    "RESNETS__OUT_FEATURES": ["res5"], "FPN__IN_FEATURES": ["res5"], "RETINANET__IN_FEATURES": ["p5"],
+    "ANCHOR_GENERATOR__SIZES": [[64]],
+}
+LOW_LEVELS = {
+    "RESNETS__OUT_FEATURES": ["res3"], "FPN__IN_FEATURES": ["res3"], "RETINANET__IN_FEATURES": ["p3"],
+    "ANCHOR_GENERATOR__SIZES": [[16]],
+}
+
+
+def staged(case, **overrides):
+    return stage_detector(build(detector_cfg(case, **overrides)))
+
+
+def methods_of(method, student, teacher, classes=(), **overrides):
+    """Build one method for (case, overrides) of student and teacher."""
+    (case, ours), (teacher_case, theirs) = student, teacher
+    cfg = distiller_cfg(case, None, [method], **{**ours, **overrides})
+    model = build(detector_cfg(teacher_case, **theirs), salt=1)
+    return build_methods(cfg, staged(case, **ours), Teacher(model, input_format="BGR", classes=classes))
+
+
+RETINANET, FCOS, RCNN = ("RetinaNet", {}), ("FCOS", {}), ("GeneralizedRCNN", {})
+
+
+@pytest.mark.parametrize(
+    "student, teacher, overrides, message",
+    [
+        (FCOS, RETINANET, {}, "cannot use the student FCOS .student FCOS, teacher RetinaNet.; both must be"),
+        (RETINANET, RCNN, {}, "cannot use the teacher GeneralizedRCNN .student RetinaNet, teacher General"),
+        (RETINANET, ("RetinaNet", TWO_LEVELS), {}, r"student's head reads strides \[8, 16, 32\] .*\[8, 16\]"),
+        (
+            RETINANET, ("RetinaNet", {"ANCHOR_GENERATOR__SIZES": [[16, 24], [32, 48], [64, 90]]}), {},
+            "student's and the teacher's MODEL.ANCHOR_GENERATOR differ",
+        ),
+        (
+            RETINANET, ("RetinaNet", {"ANCHOR_GENERATOR__SIZES": [[16], [32], [64]]}), {},
+            "student's and the teacher's MODEL.ANCHOR_GENERATOR differ",
+        ),
+        (
+            RETINANET, ("RetinaNet", {"ANCHOR_GENERATOR__OFFSET": 0.5}), {},
+            "student's and the teacher's MODEL.ANCHOR_GENERATOR differ",
+        ),
+        (
+            ("RetinaNet", {"FPN__OUT_CHANNELS": 16}), RETINANET, {},
+            "MODEL.DISTILL.CROSSKD.TAP 1 the student has 16 channels and the teacher 32",
+        ),
+        (RETINANET, RETINANET, {"DISTILL__CROSSKD__TAP": 3}, "TAP is 3; .*must lie between 0 and 2"),
+        (RETINANET, RETINANET, {"DISTILL__CROSSKD__TAP": -1}, "TAP is -1; .*must lie between 0 and 2"),
+        (
+            RETINANET, ("RetinaNet", {"RETINANET__NUM_CONVS": 1}), {"DISTILL__CROSSKD__TAP": 2},
+            "student's towers have 2 blocks and the teacher's 1 .*must lie between 0 and 1",
+        ),
+        (
+            RETINANET, ("RetinaNet", {"RETINANET__NUM_CLASSES": 5}), {},
+            "student has 3 classes and the teacher 5",
+        ),
+        (RETINANET, RETINANET, {"DISTILL__CROSSKD__BOX_LOSS": "l1"}, "BOX_LOSS is 'l1'; .* giou, iou"),
+        (RETINANET, RETINANET, {"DISTILL__CROSSKD__CLS_BETA": 0.5}, "CLS_BETA is 0.5; it must be at least 1"),
+    ],
+)
+def test_pairs_that_crosskd_refuses(student, teacher, overrides, message):
+    with pytest.raises(UserError, match=message):
+        methods_of("CrossKD", student, teacher, **overrides)
+
+
+@pytest.mark.parametrize(
+    "student, teacher", [("RetinaNet", "OpenMMLabRetinaNet"), ("RetinaNet BN", "RetinaNet")]
+)
+def test_pairs_of_different_retinanets(student, teacher):
+    assert list(methods_of("CrossKD", (student, {}), (teacher, {}))) == ["CrossKD"]
+    deeper = (teacher, {"RETINANET__NUM_CONVS": 4})
+    assert methods_of("CrossKD", (student, {}), deeper)["CrossKD"].taps() == {"cls": {1}, "box": {1}}
+
+
+def test_pkd_needs_equal_channels():
+    message = "student's p3 has 16 channels and the teacher's p3 has 32; .*or use FeatureImitation"
+    with pytest.raises(UserError, match=message):
+        methods_of("PKD", ("FCOS", {"FPN__OUT_CHANNELS": 16, "FCOS__NORM": ""}), RCNN)
+
+
+@pytest.mark.parametrize("method, node", [("PKD", "PKD"), ("FeatureImitation", "IMITATION")])
+def test_features_that_have_no_counterpart(method, node):
+    key = f"MODEL.DISTILL.{node}.IN_FEATURES"
+    for wanted, message in [
+        ("p9", "has 'p9', which the student lacks; choose from p2, p3, p4, p5"),
+        ("p2", r"has 'p2' of stride 4, and the teacher \(RetinaNet\) has strides \[8, 16, 32\] only"),
+    ]:
+        with pytest.raises(UserError, match=f"{key} {message}"):
+            methods_of(method, RCNN, RETINANET, **{f"DISTILL__{node}__IN_FEATURES": (wanted,)})
+    message = r": the student \(RetinaNet, strides \[8\]\) and the teacher \(RetinaNet, strides \[32\]\) have"
+    with pytest.raises(UserError, match=key + message):
+        methods_of(method, ("RetinaNet", LOW_LEVELS), ("RetinaNet", HIGH_LEVELS))
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, message",
+    [
+        (("cat", "cow", "dog"), ("cat", "dog", "cow"), "class 1 is 'cow' in the student's .* 'dog' in the"),
+        (("cat", "cow"), ("cat", "cow", "dog"), "class 2 is None in the student's .* 'dog' in the tea"),
+    ],
+)
+def test_class_lists_that_differ(ours, theirs, message):
+    model = build(detector_cfg("RetinaNet"))
+    teacher = Teacher(model, input_format="BGR", classes=theirs)
+    with pytest.raises(UserError, match=message):
+        require_same_classes(teacher.staged, teacher, ours, "CrossKD")
+    for unknown in [((), theirs), (ours, ())]:
+        teacher.classes = unknown[1]
+        require_same_classes(teacher.staged, teacher, unknown[0], "CrossKD")
+
+
+def test_pairs_by_stride_across_pyramids():
+    """Faster R-CNN's p2 to p6 and RetinaNet's p3 to p7, as Detectron2 builds them."""
+    standard = {"BACKBONE__NAME": "build_resnet_fpn_backbone", "RESNETS__RES2_OUT_CHANNELS": 64}
+    rcnn = staged(
+        "GeneralizedRCNN", **standard, RPN__IN_FEATURES=["p2", "p3", "p4", "p5", "p6"],
+        ANCHOR_GENERATOR__SIZES=[[16], [32], [64], [96], [128]],
+    )
+    standard["BACKBONE__NAME"] = "build_retinanet_resnet_fpn_backbone"
+    retinanet = staged(
+        "RetinaNet", **standard, FPN__OUT_CHANNELS=16, RETINANET__IN_FEATURES=["p3", "p4", "p5", "p6", "p7"],
+        ANCHOR_GENERATOR__SIZES=[[16], [32], [64], [96], [128]],
+    )
+    assert list(rcnn.feature_shapes()) == ["p2", "p3", "p4", "p5", "p6"]
+    names = ["p3", "p4", "p5", "p6"]
+    assert pair_features(retinanet, rcnn, (), "key") == [FeaturePair(name, name, 16, 32) for name in names]
+    assert pair_features(rcnn, retinanet, (), "key") == [FeaturePair(name, name, 32, 16) for name in names]
+    chosen = pair_features(rcnn, retinanet, ["p6", "p3"], "key")
+    assert chosen == [FeaturePair(name, name, 32, 16) for name in ("p6", "p3")]
+
+
+def test_adapters_bridge_channels():
+    narrow = ("FCOS", {"FPN__OUT_CHANNELS": 16, "FCOS__NORM": ""})
+    method = methods_of("FeatureImitation", narrow, RCNN)["FeatureImitation"]
+    assert {name: tuple(a.weight.shape) for name, a in method.adapters.items()} == {
+        "p3": (32, 16, 1, 1), "p4": (32, 16, 1, 1), "p5": (32, 16, 1, 1),
+    }
+    student, teacher = staged(narrow[0], **narrow[1]), staged("GeneralizedRCNN")
+    images = student.preprocess(batch())
+    ours, theirs = student.run(images), teacher.run(images, frozen=True)
+    adapted = {name: adapter(ours.features[name]) for name, adapter in method.adapters.items()}
+    expected = sum(((feature - theirs.features[name]) ** 2).mean() for name, feature in adapted.items())
+    torch.testing.assert_close(method(ours, theirs), {"loss_imitation": expected})
+
+
+@pytest.mark.parametrize("name", ["PKD", "FeatureImitation"])
+def test_maps_of_another_size_are_resized(name):
+    """A teacher that pads the batch to larger maps."""
+    method = methods_of(name, RETINANET, RETINANET)[name]
+    student, teacher = staged("RetinaNet"), staged("RetinaNet")
+    ours = student.run(student.preprocess(batch()))
+    larger = [{**x, "image": torch.nn.functional.pad(x["image"], (0, 32, 0, 32))} for x in batch()]
+    theirs = teacher.run(teacher.preprocess(larger), frozen=True)
+    assert ours.features["p3"].shape != theirs.features["p3"].shape
+    (loss,) = method(ours, theirs).values()
+    assert loss.isfinite() and loss > 0

@@ -1,0 +1,140 @@
+"""Detectors small enough for tests, batches for them, and teachers saved to disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from d2_distill.config import get_distill_cfg
+from d2_distill.student import build_student
+
+from .golden.cases import fill_parameters
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NUM_CLASSES = 3
+
+_BACKBONE = {
+    "DEVICE": "cpu",
+    "WEIGHTS": "",
+    "BACKBONE.NAME": "build_narrow_resnet_fpn_backbone",
+    "BACKBONE.FREEZE_AT": 0,
+    "RESNETS.DEPTH": 18,
+    "RESNETS.STEM_OUT_CHANNELS": 8,
+    "RESNETS.RES2_OUT_CHANNELS": 8,
+    "FPN.OUT_CHANNELS": 32,
+}
+_DENSE = {
+    "RETINANET.NUM_CLASSES": NUM_CLASSES,
+    "RETINANET.IN_FEATURES": ["p3", "p4", "p5"],
+    "RETINANET.NUM_CONVS": 2,
+    "ANCHOR_GENERATOR.SIZES": [[16, 24], [32, 48], [64, 96]],
+    "FCOS.NUM_CLASSES": NUM_CLASSES,
+    "FCOS.IN_FEATURES": ["p3", "p4", "p5"],
+    "FCOS.NUM_CONVS": 2,
+    "FCOS.SCORE_THRESH_TEST": 0.05,
+}
+_RCNN = {
+    "ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [96]],
+    "RPN.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "RPN.BATCH_SIZE_PER_IMAGE": 32,
+    "RPN.PRE_NMS_TOPK_TRAIN": 50,
+    "RPN.PRE_NMS_TOPK_TEST": 50,
+    "RPN.POST_NMS_TOPK_TRAIN": 20,
+    "RPN.POST_NMS_TOPK_TEST": 20,
+    "ROI_HEADS.NUM_CLASSES": NUM_CLASSES,
+    "ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
+    "ROI_BOX_HEAD.FC_DIM": 32,
+}
+# Case -> base config and overrides below MODEL. The name up to a space is the meta-architecture.
+CASES: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    "RetinaNet": ("Base-RetinaNet.yaml", _DENSE),
+    # Its towers' norms hold statistics for each level and count their calls.
+    "RetinaNet BN": ("Base-RetinaNet.yaml", {**_DENSE, "RETINANET.NORM": "BN", "RESNETS.NORM": "BN"}),
+    "OpenMMLabRetinaNet": ("Base-RetinaNet.yaml", _DENSE),
+    "FCOS": ("Base-RetinaNet.yaml", _DENSE),
+    "GeneralizedRCNN": ("Base-RCNN-FPN.yaml", _RCNN),
+}
+RETINANETS = [case for case in CASES if "RetinaNet" in case]
+
+
+def detector_cfg(case: str, **overrides: Any) -> CfgNode:
+    """Config of a plain detector; keywords are keys below MODEL, with ``__`` for the dots."""
+    base, values = CASES[case]
+    values = {**_BACKBONE, **values, "META_ARCHITECTURE": case.split()[0]}
+    values.update({key.replace("__", "."): value for key, value in overrides.items()})
+    cfg = get_distill_cfg()
+    cfg.merge_from_file(str(CONFIGS / base))
+    cfg.merge_from_list([item for key, value in values.items() for item in (f"MODEL.{key}", value)])
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    return cfg
+
+
+def build(cfg: CfgNode, salt: Optional[int] = None) -> nn.Module:
+    """The plain detector as initialised with seed 0; with a salt, with larger, diverse parameters instead."""
+    torch.manual_seed(0)
+    model = build_student(cfg)
+    if salt is not None:
+        fill_parameters(model, salt)
+    return model
+
+
+@dataclass(frozen=True)
+class SavedTeacher:
+    """The two files that a teacher is given by."""
+
+    config_file: str
+    weights: str
+
+
+def save_teacher(folder: Path, case: str, **overrides: Any) -> SavedTeacher:
+    cfg = detector_cfg(case, **overrides)
+    (folder / "teacher.yaml").write_text(cfg.dump())
+    DetectionCheckpointer(build(cfg, salt=1), str(folder)).save("teacher")
+    return SavedTeacher(str(folder / "teacher.yaml"), str(folder / "teacher.pth"))
+
+
+def distiller_cfg(
+    case: str, teacher: Optional[SavedTeacher], methods: Sequence[str] = (), **overrides: Any
+) -> CfgNode:
+    """Config of a distilled student; overrides as for :func:`detector_cfg`."""
+    node = {
+        "META_ARCHITECTURE": "Distiller",
+        "DISTILL__STUDENT": case.split()[0],
+        "DISTILL__METHODS": tuple(methods),
+        "DISTILL__CROSSKD__TAP": 1,
+    }
+    if teacher is not None:
+        node["DISTILL__TEACHER__CONFIG_FILE"] = teacher.config_file
+        node["DISTILL__TEACHER__WEIGHTS"] = teacher.weights
+    return detector_cfg(case, **{**node, **overrides})
+
+
+def allowed_methods(case: str, teacher_case: str) -> List[str]:
+    """The methods that serve a student and a teacher of these cases."""
+    crosskd = ["CrossKD"] if {case, teacher_case} <= set(RETINANETS) else []
+    return crosskd + ["FeatureImitation", "PKD"]
+
+
+def image_input(height: int, width: int, boxes=(), classes=(), seed: int = 0) -> Dict[str, Any]:
+    """A Detectron2 dataset dict, as the mapper makes it."""
+    generator = torch.Generator().manual_seed(seed)
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+    image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+    return {"image": image, "height": height, "width": width, "instances": instances}
+
+
+def batch(seed: int = 0) -> List[Dict[str, Any]]:
+    """Two images of different sizes, which a batch pads to 96 x 96; three boxes."""
+    return [
+        image_input(64, 96, [[4, 4, 40, 44], [50, 10, 90, 60]], [0, 2], seed=seed),
+        image_input(96, 64, [[8, 16, 40, 80]], [1], seed=seed + 100),
+    ]

@@ -1,0 +1,227 @@
+"""Conformance of every staged adapter: the stages are the detector, no more and no less."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from d2_distill.errors import UserError
+from d2_distill.staged import StagedDense, Tower, list_staged, stage, stage_detector
+
+from .small_detectors import CASES, batch, build, detector_cfg
+
+DENSE = [case for case in CASES if case != "GeneralizedRCNN"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    """One untrained detector a case; tests that change it take a copy."""
+    return {case: build(detector_cfg(case), salt=2).train() for case in CASES}
+
+
+@pytest.fixture(params=CASES)
+def model(request, models) -> nn.Module:
+    return copy.deepcopy(models[request.param])
+
+
+@pytest.fixture(params=DENSE)
+def dense(request, models) -> StagedDense:
+    return stage_detector(copy.deepcopy(models[request.param]).eval())
+
+
+def start(staged, **kwargs):
+    inputs = batch()
+    return staged.run(staged.preprocess(inputs), [x["instances"] for x in inputs], **kwargs)
+
+
+def all_taps(staged):
+    towers = getattr(staged, "towers", {})
+    return {branch: frozenset(range(len(tower) + 1)) for branch, tower in towers.items()}
+
+
+def read_all(run) -> dict:
+    """Every stage of the run, by name."""
+    names = [name for name in dir(type(run)) if isinstance(getattr(type(run), name), stage)]
+    return {name: getattr(run, name) for name in names}
+
+
+def tensors_in(value) -> list:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif not isinstance(value, (list, tuple)):  # Boxes, Instances, Assignment
+        value = list((value.get_fields() if hasattr(value, "get_fields") else vars(value)).values())
+    return [tensor for part in value if not isinstance(part, (int, float)) for tensor in tensors_in(part)]
+
+
+def seeded(compute):
+    """Result of a training step's forward from a fixed random state, and the random state that it leaves."""
+    torch.manual_seed(3)
+    with EventStorage():
+        result = compute()
+    return result, torch.get_rng_state()
+
+
+def count_calls(model: nn.Module) -> Counter:
+    """Counts from now on how often each layer runs."""
+    calls: Counter = Counter()
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    return calls
+
+
+def test_every_adapter_has_a_case():
+    assert set(list_staged()) <= {case.split()[0] for case in CASES}
+
+
+def test_stages_compose_to_forward(model):
+    ours = copy.deepcopy(model)
+    expected, random_state = seeded(lambda: model(batch()))
+    losses, our_random_state = seeded(lambda: start(stage_detector(ours)).losses)
+    assert list(losses) == list(expected) and all(loss > 0 for loss in losses.values())
+    assert all(torch.equal(losses[name], loss) for name, loss in expected.items())
+    assert torch.equal(our_random_state, random_state)
+    for total in (sum(expected.values()), sum(losses.values())):
+        total.backward()
+    for (name, theirs), parameter in zip(model.named_parameters(), ours.parameters()):
+        assert theirs.grad is not None and torch.equal(parameter.grad, theirs.grad), name
+    for (name, theirs), buffer in zip(model.named_buffers(), ours.buffers()):
+        assert torch.equal(buffer, theirs), name
+    assert getattr(ours, "loss_normalizer", None) == getattr(model, "loss_normalizer", None)
+
+
+def test_other_readers_change_nothing(model):
+    """Taps, and fields read before the losses, leave losses and random numbers as they are."""
+    ours = copy.deepcopy(model)
+    expected, random_state = seeded(lambda: model(batch()))
+    staged = stage_detector(ours)
+    fields, our_random_state = seeded(lambda: read_all(start(staged, taps=all_taps(staged))))
+    assert all(torch.equal(fields["losses"][name], loss) for name, loss in expected.items())
+    assert torch.equal(our_random_state, random_state)
+
+
+def test_evaluation_is_untouched(model):
+    names, plain = list(model.state_dict()), copy.deepcopy(model).eval()
+    run = start(stage_detector(model.eval()), frozen=True)
+    assert run.features
+    assert list(model.state_dict()) == names
+    for ours, theirs in zip(model(batch()), plain(batch())):
+        ours, theirs = ours["instances"], theirs["instances"]
+        assert len(ours) > 0 and torch.equal(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
+        assert torch.equal(ours.scores, theirs.scores) and torch.equal(ours.pred_classes, theirs.pred_classes)
+
+
+def test_each_stage_is_computed_once(model):
+    plain = copy.deepcopy(model)
+    calls, expected = count_calls(model), count_calls(plain)
+    staged = stage_detector(model)
+    run = start(staged, taps=all_taps(staged))
+    seeded(lambda: plain(batch()))
+    first, _ = seeded(lambda: read_all(run))
+    again = read_all(run)
+    assert all(again[name] is field for name, field in first.items())
+    assert calls == expected
+    if isinstance(staged, StagedDense):
+        assert calls["head.cls_score"] == calls["head.bbox_pred"] == len(run.features) == 3
+
+
+def test_frozen_run_carries_no_gradient(model):
+    staged = stage_detector(model)
+    fields, _ = seeded(lambda: read_all(start(staged, taps=all_taps(staged), frozen=True)))
+    found = tensors_in(fields)
+    assert len(found) > 3 and not any(tensor.requires_grad for tensor in found)
+    assert torch.is_grad_enabled() and start(staged).features["p3"].requires_grad
+    with torch.no_grad():
+        assert not start(staged).features["p3"].requires_grad
+
+
+def test_feature_shapes(model):
+    staged = stage_detector(model)
+    run, shapes = start(staged), staged.feature_shapes()
+    assert list(run.features) == list(shapes)
+    assert [shape.stride for shape in shapes.values()] == sorted(shape.stride for shape in shapes.values())
+    for name, feature in run.features.items():
+        side = 96 // shapes[name].stride
+        assert feature.shape == (2, shapes[name].channels, side, side)
+    assert staged.num_classes == 3
+
+
+def test_taps_are_pieces_of_the_tower(dense):
+    """Against the head's own layers: behind k blocks is behind the k-th activation."""
+    subnets = {"cls": dense.model.head.cls_subnet, "box": dense.model.head.bbox_subnet}
+    assert set(dense.towers) == set(subnets)
+    run = start(dense, taps=all_taps(dense), frozen=True)
+    features = list(run.features.values())
+    for branch, subnet in subnets.items():
+        tower = dense.towers[branch]
+        ends = [0] + [index + 1 for index, layer in enumerate(subnet) if isinstance(layer, nn.ReLU)]
+        assert len(tower) == len(ends) - 1 == 2
+        for position, end in enumerate(ends):
+            # A per-level norm takes its levels in turn, so each piece runs over all of them.
+            front = [subnet[:end](x) for x in features]
+            for kept, x in zip(run.taps[branch][position], front):
+                assert torch.equal(kept, x) and x.shape[1] == dense.tap_channels(branch, position)
+            whole = [tower.run(x, position) for x in front]
+            assert all(torch.equal(x, y) for x, y in zip(whole, run.taps[branch][len(tower)]))
+            assert all(torch.equal(tower.run(x, 0, position), y) for x, y in zip(features, front))
+
+
+def test_only_wanted_taps_are_kept(dense):
+    assert all(list(positions) == [2] for positions in start(dense, frozen=True).taps.values())
+    taps = start(dense, taps={"box": frozenset({0})}, frozen=True).taps
+    assert {branch: list(positions) for branch, positions in taps.items()} == {"cls": [2], "box": [0, 2]}
+
+
+def test_a_tower_ends_with_an_activation():
+    with pytest.raises(AssertionError, match="activation"):
+        Tower(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+
+
+def test_outputs_are_in_the_order_of_the_anchors(dense):
+    """Cell by cell, row by row, and within a cell anchor by anchor."""
+    run, strides = start(dense, frozen=True), [shape.stride for shape in dense.feature_shapes().values()]
+    widths = {"logits": 3, "deltas": 4, "centerness": 1}
+    assert set(run.outputs) == set(dense.predictors) <= set(widths)
+    for level, (anchors, stride) in enumerate(zip(run.anchors, strides)):
+        side = 96 // stride
+        per_cell = len(anchors) // side**2
+        centers = anchors.get_centers()
+        cells = [(y, x, a) for y in range(side) for x in range(side) for a in range(per_cell)]
+        offset = dense.model.anchor_generator.offset
+        expected = torch.tensor([[(x + offset) * stride, (y + offset) * stride] for y, x, _ in cells])
+        torch.testing.assert_close(centers, expected)
+        for name, flat in run.outputs.items():
+            width, maps = widths[name], run.predictions[name][level]
+            slow = torch.stack([maps[:, a * width : (a + 1) * width, y, x] for y, x, a in cells], dim=1)
+            assert torch.equal(flat[level], slow), name
+
+
+def test_decoded_outputs_contain_the_detections(dense):
+    """Each detection of the model's own inference is one of the decoded boxes, with its score and class."""
+    run = start(dense, frozen=True)
+    outputs = {name: torch.cat(levels, dim=1) for name, levels in run.outputs.items()}
+    scores = outputs["logits"].sigmoid()
+    if "centerness" in outputs:
+        scores = (scores * outputs["centerness"].sigmoid()).sqrt()
+    decoded = dense.decode(run.anchors, outputs["deltas"])
+    for index, (detections, size) in enumerate(zip(dense.model(batch()), run.images.image_sizes)):
+        detections = detections["instances"]
+        boxes = Boxes(decoded[index].clone())
+        boxes.clip(size)
+        assert len(detections) > 0
+        ours = scores[index][:, detections.pred_classes].T  # (detections, R)
+        distance = (detections.pred_boxes.tensor[:, None] - boxes.tensor).abs().amax(dim=2)
+        assert (distance + (ours - detections.scores[:, None]).abs()).amin(dim=1).max() < 1e-3
+
+
+def test_a_detector_without_adapter_is_refused():
+    with pytest.raises(UserError, match="Linear cannot be distilled.*FCOS, GeneralizedRCNN, RetinaNet"):
+        stage_detector(nn.Linear(1, 1))
