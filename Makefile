@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT := output/quickstart
+# Models this small gain little from a second thread, and lose much when they share the cores with other work.
+ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 ifeq ($(strip $(VENV)),)
   RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
@@ -25,14 +27,14 @@ install: $(INSTALLED)  ## make the environment, or bring it up to date with setu
 
 quickstart: $(INSTALLED)  ## train a teacher, a plain and a distilled student on small real data, and compare them
 	$(RUN) datasets/prepare_quickstart.py
-	$(RUN) train_net.py --config-file configs/quickstart/teacher.yaml --resume
-	$(RUN) train_net.py --config-file configs/quickstart/student.yaml --resume
-	$(RUN) train_net.py --config-file configs/quickstart/distilled.yaml --resume
+	$(ONE_THREAD) $(RUN) train_net.py --config-file configs/quickstart/teacher.yaml --resume
+	$(ONE_THREAD) $(RUN) train_net.py --config-file configs/quickstart/student.yaml --resume
+	$(ONE_THREAD) $(RUN) train_net.py --config-file configs/quickstart/distilled.yaml --resume
 	$(RUN) tools/report.py --output $(OUTPUT)/report \
 	  --run teacher=$(OUTPUT)/teacher --run plain=$(OUTPUT)/student --run distilled=$(OUTPUT)/distilled
 
 test: $(INSTALLED)  ## run the tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest tests -q
+	$(ONE_THREAD) $(RUN) -m pytest tests -q
 
 $(VENV)/.installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and \
