@@ -2,9 +2,9 @@
 """Train, distil or evaluate a detector.
 
     python train_net.py --config-file configs/quickstart/distilled.yaml --num-gpus 8
-    python train_net.py --config-file configs/quickstart/student.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+    python train_net.py --config-file configs/quickstart/student.yaml --eval-only MODEL.WEIGHTS student.pth
 
-``torchrun train_net.py --config-file ...`` works too. Without a GPU, ``--num-gpus`` counts processes on the CPU.
+``torchrun train_net.py --config-file ...`` works too. Without a GPU, ``--num-gpus`` counts CPU processes.
 """
 
 from __future__ import annotations

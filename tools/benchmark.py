@@ -51,7 +51,8 @@ def synthetic_batch(batch_size: int, height: int, width: int, num_classes: int) 
 
 
 def training_step(model: nn.Module, cfg: CfgNode, batch: List[Dict[str, Any]]) -> Callable[[], None]:
-    optimizer = build_optimizer(cfg, model.train())
+    model = model.to(memory_format=torch.channels_last).train()  # as the trainer does
+    optimizer = build_optimizer(cfg, model)
 
     def step() -> None:
         losses = model(batch)
@@ -100,7 +101,11 @@ def with_random_teacher(cfg: CfgNode, folder: str) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DISTILL.TEACHER.WEIGHTS = str(Path(folder) / "teacher.pth")
-    torch.save({"model": build_student(teacher_config(cfg)).state_dict()}, cfg.MODEL.DISTILL.TEACHER.WEIGHTS)
+    state = build_student(teacher_config(cfg)).state_dict()
+    for name, value in state.items():
+        if name.endswith("norm.weight"):
+            value *= 0.25  # else the activations of an untrained deep network overflow
+    torch.save({"model": state}, cfg.MODEL.DISTILL.TEACHER.WEIGHTS)
     cfg.freeze()
     return cfg
 

@@ -18,7 +18,8 @@ from torch import nn
 class SeedEveryStep(HookBase):
     """Seeds every generator from (seed, iteration, rank) before each step.
 
-    So the random choices of a step (RoI sampling, dropout) are the same in a resumed run, whatever came before.
+    So the random choices of a step (RoI sampling, dropout) are the same in a resumed run, whatever came
+    before.
     """
 
     def __init__(self, seed: int) -> None:
@@ -39,7 +40,7 @@ class SeedEveryStep(HookBase):
 
 
 class LossNormalizers(HookBase):
-    """Saves the running normalisers of Detectron2's dense detectors, one a process, which its checkpoints lack."""
+    """Saves the running loss normalisers of dense detectors, one a process; the state dict lacks them."""
 
     ATTRIBUTE = "loss_normalizer"
 
@@ -71,7 +72,7 @@ class LossNormalizers(HookBase):
 
 
 class TrainingClock(HookBase):
-    """Scalar ``train_seconds``: wall time of all training steps so far, resumed runs included, evaluation excluded."""
+    """Scalar ``train_seconds``: wall time of all steps so far, resumed runs included, evaluation excluded."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -93,7 +94,7 @@ class TrainingClock(HookBase):
 class StopOnSignal(HookBase):
     """SIGINT or SIGTERM to any process ends the run after the current step, with a checkpoint to resume from.
 
-    To be registered last. The processes agree on the step; they exit with status 128 + signal, as a shell says it.
+    To be registered last. The processes agree on the step; they exit with status 128 + signal, as shells do.
     A second SIGINT acts at once.
     """
 
@@ -103,7 +104,8 @@ class StopOnSignal(HookBase):
         self._previous: Dict[int, Any] = {}
 
     def before_train(self) -> None:
-        self._previous = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: Any) -> None:
         self._received = number

@@ -1,4 +1,4 @@
-"""Starts the processes of a run, or joins those that torchrun started, and reports the first error among them."""
+"""Starts the processes of a run, or joins those that torchrun started; reports the first error among them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..errors import UserError
 
 
 def start(main: Callable[[Any], Any], args: Any) -> None:
-    """Run ``main(args)`` in the number of processes asked for; exit with status 1 and one sentence on a user's error.
+    """Run ``main(args)`` in the number of processes asked for; a user's error gives a sentence and status 1.
 
     Under torchrun the processes exist already, and ``--num-gpus`` and ``--num-machines`` are not read.
     """
@@ -29,7 +29,7 @@ def start(main: Callable[[Any], Any], args: Any) -> None:
         _join_torchrun()
         _report(main, args)
         dist.destroy_process_group()
-    elif args.num_gpus * args.num_machines == 1:
+    elif args.num_gpus * args.num_machines <= 1:
         _report(main, args)
     else:
         _launch(main, args)
@@ -59,7 +59,7 @@ def _launch(main: Callable[[Any], Any], args: Any) -> None:
 
 @contextlib.contextmanager
 def _signals_passed_on() -> Iterator[None]:
-    """Lets the processes of the run end by themselves when this one, which only waits for them, is told to."""
+    """Lets the processes of the run end by themselves when this one, which only waits for them, is to end."""
 
     def pass_on(number: int, frame: Any) -> None:
         for process in multiprocessing.active_children():
@@ -74,7 +74,7 @@ def _signals_passed_on() -> Iterator[None]:
 
 
 def _report(main: Callable[[Any], Any], args: Any) -> None:
-    """Run a process's part; of the processes that fail only the first says why, the others fail because of it."""
+    """Run a process's part; of those that fail only the first says why, the others fail because of it."""
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_needless_traceback)
     try:
         main(args)

@@ -11,7 +11,7 @@ from typing import Iterator
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Keep what is logged inside until the end, when ``default_setup`` has made the console and file handlers.
+    """Keep what is logged inside until the end, when ``default_setup`` has opened the console and the file.
 
     After an exception it is dropped: the error is all there is to say.
     """

@@ -26,12 +26,14 @@ from .evaluate import load_student
 from .logs import held_back
 from .output_dir import claim_output_dir
 
+logger = logging.getLogger(__name__)
+
 
 def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
-    """Check the config, the data, the output folder and the model of a run; only then open the folder and the log.
+    """Check the config, the data, the output folder and the model of a run; only then open folder and log.
 
     Returns:
-        The config; the model to train, as it is initialised, or with ``--eval-only`` the student with its weights.
+        The config; the model to train, newly initialised, or with ``--eval-only`` the student with weights.
 
     Raises:
         UserError: before anything is written, if any of them cannot be used.
@@ -41,15 +43,16 @@ def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
         register_datasets(cfg)
         key = num_classes_key(cfg)
         check_datasets(cfg, num_classes=_value(cfg, key), num_classes_key=key, train=not args.eval_only)
-        if not args.eval_only:
-            claim_output_dir(cfg, resume=args.resume)
-            if cfg.MODEL.WEIGHTS and not (args.resume and os.path.isfile(f"{cfg.OUTPUT_DIR}/last_checkpoint")):
-                require_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
-        model = load_student(cfg, resume=args.resume) if args.eval_only else _build(cfg)
+        if args.eval_only:
+            model = load_student(cfg, resume=args.resume)
+            run_cfg = _of_evaluation(cfg)
+        else:
+            claim_output_dir(cfg, resume=args.resume)
+            model = _initialised(cfg, resume=args.resume)
+            run_cfg = cfg
         # No process may write into the folder before all have looked into it.
         comm.synchronize()
-        run_cfg = _of_evaluation(cfg) if args.eval_only else cfg
         default_setup(run_cfg, args)
         setup_logger(run_cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_distill")
     return cfg, model
@@ -71,13 +74,17 @@ def load_config(config_file: str, opts: Sequence[str]) -> CfgNode:
         reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
         raise UserError(f"The config ({source}) is not valid: {reason}; correct it.") from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU.", cfg.MODEL.DEVICE)
+        logger.warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU.", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     return cfg
 
 
-def _build(cfg: CfgNode) -> nn.Module:
+def _initialised(cfg: CfgNode, resume: bool) -> nn.Module:
+    """The model before the trainer loads the last checkpoint, or else ``MODEL.WEIGHTS``."""
+    resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if cfg.MODEL.WEIGHTS and not resumes:
+        require_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
     return build_model(cfg) if cfg.MODEL.META_ARCHITECTURE == DISTILLER else build_student(cfg)
 
 

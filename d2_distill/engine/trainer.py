@@ -28,8 +28,9 @@ from .optimizer import build_optimizer
 class Trainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer``, for distilled and plain detectors, whose runs resume exactly.
 
-    Differences: checkpoints hold the student under ``model`` and adapters under ``distill``; the training loader
-    starts at the first iteration of a resumed run; DDP works between processes on the CPU.
+    Differences: checkpoints hold the student under ``model`` and adapters under ``distill``; the training
+    loader starts at the first iteration of a resumed run; a signal ends a run with a checkpoint; DDP works
+    between processes on the CPU.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
@@ -65,18 +66,20 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        return build_detection_test_loader(cfg, dataset_name, mapper=CheckedDatasetMapper(cfg, is_train=False))
+        mapper = CheckedDatasetMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def build_hooks(self) -> List[HookBase]:
         normalizers = LossNormalizers(self.model, self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        return [self._seeding, normalizers, TrainingClock(), *super().build_hooks(), StopOnSignal(normalizers)]
+        stop = StopOnSignal(normalizers)
+        return [self._seeding, normalizers, TrainingClock(), *super().build_hooks(), stop]
 
     def train(self) -> Any:
         self._trainer.data_loader = build_train_loader(
             self.cfg, start_iter=self.start_iter, seed=self._seeding.seed
         )
-        # A scripted function (the focal loss) rounds differently once it is optimised, after its first calls in a
-        # process. On GPUs, where runs do not repeat to the bit anyway, that saves much memory.
+        # A scripted function (the focal loss) rounds differently once it is optimised, after its first calls
+        # in a process. On GPUs, where runs do not repeat to the bit anyway, that saves much memory.
         with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
             return super().train()
 
@@ -96,7 +99,7 @@ class Trainer(DefaultTrainer):
 
 
 def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables: Any) -> DetectionCheckpointer:
-    """Checkpointer of a plain detector, or of a distiller: the student as ``model``, its adapters as ``distill``.
+    """Checkpointer of a plain detector, or of a distiller: the student as ``model``, adapters as ``distill``.
 
     So that every checkpoint loads into the plain student.
     """
@@ -113,7 +116,8 @@ def _distributed(model: nn.Module) -> nn.Module:
     # DDP accepts device ids of GPUs only.
     device_ids: Optional[List[int]] = None if model.device.type == "cpu" else [comm.get_local_rank()]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of another name of the last argument, which older torch lacks
+        # It is about another name of the last argument, which older versions of torch do not know.
+        warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
 
 

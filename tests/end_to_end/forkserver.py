@@ -1,7 +1,7 @@
 """Runs scripts as ``python script.py ...`` does, each in a process of its own, but imports torch only once.
 
-Started by the tests as a process; takes requests and gives answers as lines of JSON. A script is run in a fork of
-this process, which has imported what ``train_net.py`` imports and nothing more.
+Started by the tests as a process; takes requests and gives answers as lines of JSON. A script is run in a
+fork of this process, which has imported what ``train_net.py`` imports and nothing more.
 """
 
 from __future__ import annotations

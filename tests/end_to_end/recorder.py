@@ -1,4 +1,4 @@
-"""train_net.py, with every iteration's exact losses in OUTPUT_DIR/losses.jsonl, and a signal at a chosen iteration.
+"""train_net.py, with each iteration's exact losses in OUTPUT_DIR/losses.jsonl, and a signal at a chosen one.
 
 ``SIGNAL_AT="SIGKILL 5 0"`` sends SIGKILL to the process of rank 0 at the beginning of iteration 5 (from 0).
 """

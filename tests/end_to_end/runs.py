@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Sequence
 
 import torch
 import yaml
@@ -43,7 +43,10 @@ TINY = {
     },
     "INPUT": {"MIN_SIZE_TRAIN": [32, 40, 48], "MAX_SIZE_TRAIN": 64, "MIN_SIZE_TEST": 40, "MAX_SIZE_TEST": 64},
     "DATALOADER": {"NUM_WORKERS": 0},
-    "SOLVER": {"OPTIMIZER": "AdamW", "IMS_PER_BATCH": 2, "BASE_LR": 0.001, "MAX_ITER": 8, "WARMUP_ITERS": 2, "CHECKPOINT_PERIOD": 3},
+    "SOLVER": {
+        "OPTIMIZER": "AdamW", "IMS_PER_BATCH": 2, "BASE_LR": 0.001, "MAX_ITER": 8, "WARMUP_ITERS": 2,
+        "CHECKPOINT_PERIOD": 3,
+    },
     "SEED": 3,
 }
 QUIET = {"DATASETS": {"TEST": []}}
@@ -112,8 +115,8 @@ class ForkServer:
         self._number = 0
         script = Path(__file__).with_name("forkserver.py")
         self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder,
-            env=ENVIRONMENT,
+            [sys.executable, str(script)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder, env=ENVIRONMENT,
         )
 
     def close(self) -> None:
@@ -126,33 +129,28 @@ class ForkServer:
         return json.loads(self._process.stdout.readline())
 
     def run(
-        self,
-        *arguments: Any,
-        script: Path = ROOT / "train_net.py",
-        processes: int = 1,
-        cwd: Path = ROOT,
-        timeout: float = 120,
-        **environment: str,
+        self, *arguments: Any, script: Path = ROOT / "train_net.py", processes: int = 1, **environment: str
     ) -> Outcome:
-        """Run a script to its end; several processes are started with the variables that torchrun sets."""
-        return self.wait(self.start(*arguments, script=script, processes=processes, cwd=cwd, **environment), timeout)
+        """Run a script to its end."""
+        return self.wait(self.start(*arguments, script=script, processes=processes, **environment))
 
     def start(
-        self, *arguments: Any, script: Path = ROOT / "train_net.py", processes: int = 1, cwd: Path = ROOT,
-        **environment: str,
+        self, *arguments: Any, script: Path = ROOT / "train_net.py", processes: int = 1, **environment: str
     ) -> List[Dict[str, Any]]:
+        """Start a script in the project's folder; several processes get the variables that torchrun sets."""
         started = []
         port = free_port()
         for rank in range(processes):
             self._number += 1
             if processes > 1:
                 environment.update(
-                    TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-                    LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                    TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                    RANK=str(rank), LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
                 )
             streams = {name: str(self._folder / f"{self._number}.{name}") for name in ("stdout", "stderr")}
             argv = [str(script), *map(str, arguments)]
-            pid = self._ask(argv=argv, cwd=str(cwd), environment=environment, **streams)
+            pid = self._ask(argv=argv, cwd=str(ROOT), environment=environment, **streams)
             started.append({"pid": pid, **streams})
         return started
 
@@ -169,11 +167,11 @@ class ForkServer:
         return Outcome(codes, **texts)
 
 
-def run_program(*command: Any, cwd: Path = ROOT, timeout: float = 180, environment: Optional[dict] = None) -> Outcome:
-    """A real process of the test's Python: ``python *command``."""
+def run_program(*command: Any, cwd: Path = ROOT, environment: Dict[str, str] = ENVIRONMENT) -> Outcome:
+    """Runs ``python *command`` with the Python of the tests."""
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment or ENVIRONMENT, capture_output=True,
-        text=True, timeout=timeout,
+        [sys.executable, *map(str, command)],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=180,
     )
     return Outcome([done.returncode], done.stdout, done.stderr)
 
@@ -220,7 +218,7 @@ def contents(folder: Path) -> Dict[str, bytes]:
 
 
 def assert_same_run(found: Path, expected: Path, *, iterations: Sequence[int]) -> None:
-    """The losses of every recorded iteration are those of an uninterrupted run, and so is what both end with."""
+    """Each recorded iteration has the losses of an uninterrupted run, and both end with equal checkpoints."""
     theirs, ours = losses(expected), losses(found)
     assert [row["iteration"] for row in theirs] == list(range(8))
     assert len({row["total_loss"] for row in theirs}) == 8

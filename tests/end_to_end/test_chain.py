@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from .runs import TINY, average_precision, checkpoint, contents, scalars, write_config
+from .runs import QUIET, TINY, average_precision, checkpoint, contents, scalars, write_config
 
 PLAIN_TERMS = {"loss_cls", "loss_box_reg"}
 DISTILLED_TERMS = PLAIN_TERMS | {"loss_crosskd_cls", "loss_crosskd_box", "loss_pkd", "loss_imitation"}
@@ -52,9 +52,8 @@ def test_evaluation_gives_the_training_run_s_result(request, server, trained):
 
 
 def test_distilled_checkpoint_is_evaluated_without_distillation(server, distilled, plain, tmp_path):
-    outcome = server.run(
-        "--config-file", plain.config, "--eval-only", "MODEL.WEIGHTS", distilled.weights, "OUTPUT_DIR", tmp_path
-    ).succeeded()
+    arguments = ("--config-file", plain.config, "--eval-only", "MODEL.WEIGHTS", distilled.weights)
+    outcome = server.run(*arguments, "OUTPUT_DIR", tmp_path).succeeded()
     assert average_precision(outcome)[0] == pytest.approx(scalars(distilled.folder)["bbox/AP"], abs=1e-4)
 
 
@@ -76,8 +75,9 @@ def test_voc_evaluation(server, teacher, voc_data, tmp_path):
 
 
 def test_without_a_gpu_the_cpu_is_used_and_the_log_says_so(server, data, tmp_path):
-    config = write_config(tmp_path / "c.yaml", TINY, data, {"MODEL": {"DEVICE": "cuda"}, "SOLVER": {"MAX_ITER": 1}})
-    outcome = server.run("--config-file", config, "OUTPUT_DIR", tmp_path / "out", "DATASETS.TEST", "()").succeeded()
+    gpu = {"MODEL": {"DEVICE": "cuda"}, "SOLVER": {"MAX_ITER": 1}}
+    config = write_config(tmp_path / "config.yaml", TINY, data, QUIET, gpu)
+    outcome = server.run("--config-file", config, "OUTPUT_DIR", tmp_path / "out").succeeded()
     for text in (outcome.stdout, (tmp_path / "out" / "log.txt").read_text()):
         assert text.count("MODEL.DEVICE is cuda, but there is no GPU: using the CPU.") == 1
     assert "WARNING" in outcome.stdout and "MODEL.DEVICE" not in outcome.stderr

@@ -50,7 +50,6 @@ def test_tools_from_anywhere(project, tmp_path):
 def test_quick_start_data(project, tmp_path):
     pytest.importorskip("sklearn")
     script = project / "datasets" / "prepare_quickstart.py"
-    run_program(
-        script, "--root", tmp_path, "--train-images", 2, "--val-images", 1, cwd=tmp_path, environment=NOT_INSTALLED
-    ).succeeded()
+    arguments = ("--root", tmp_path, "--train-images", 2, "--val-images", 1)
+    run_program(script, *arguments, cwd=tmp_path, environment=NOT_INSTALLED).succeeded()
     assert len(list((tmp_path / "quickstart" / "train").glob("*.jpg"))) == 2

@@ -1,4 +1,4 @@
-"""A killed run continues as if it had not been killed: every later iteration's losses are the same, bit for bit."""
+"""A killed run continues as if it had not been killed: all later losses are the same, bit for bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from .runs import (
-    FASTER_RCNN, QUIET, RECORDER, TINY, assert_equal, assert_same_run, checkpoint, distiller, losses, write_config,
+    FASTER_RCNN, QUIET, RECORDER, TINY, assert_equal, assert_same_run, checkpoint, distiller, losses,
+    write_config,
 )
 
 KILLED_AT = 5  # iteration; the checkpoint before it is that of iteration 2
@@ -43,7 +44,8 @@ def test_killed_run_with_workers_and_a_random_seed(server, data, tmp_path):
     """The seed that was drawn is kept: the same data come in the same order, from any number of workers."""
     config = write_config(tmp_path / "config.yaml", TINY, data, QUIET, {"SEED": -1})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    server.run("--config-file", config, "OUTPUT_DIR", whole, "SOLVER.CHECKPOINT_PERIOD", 1, script=RECORDER).succeeded()
+    every_step = ("SOLVER.CHECKPOINT_PERIOD", 1)
+    server.run("--config-file", config, "OUTPUT_DIR", whole, *every_step, script=RECORDER).succeeded()
 
     # What the whole run had written when it was killed at iteration 5.
     killed.mkdir()
@@ -52,14 +54,14 @@ def test_killed_run_with_workers_and_a_random_seed(server, data, tmp_path):
     (killed / "last_checkpoint").write_text("model_0000002.pth")
     rows = (whole / "losses.jsonl").read_text().splitlines(keepends=True)
     (killed / "losses.jsonl").write_text("".join(rows[:KILLED_AT]))
-    server.run(
-        "--config-file", config, "--resume", "OUTPUT_DIR", killed, "DATALOADER.NUM_WORKERS", 2, script=RECORDER
-    ).succeeded()
+    arguments = ("--config-file", config, "--resume", "OUTPUT_DIR", killed, "DATALOADER.NUM_WORKERS", 2)
+    server.run(*arguments, script=RECORDER).succeeded()
     assert_same_run(killed, whole, iterations=ITERATIONS)
 
 
 def test_two_runs_with_a_random_seed_differ(server, data, tmp_path):
-    config = write_config(tmp_path / "config.yaml", TINY, data, QUIET, {"SEED": -1, "SOLVER": {"MAX_ITER": 2}})
+    short = {"SEED": -1, "SOLVER": {"MAX_ITER": 2}}
+    config = write_config(tmp_path / "config.yaml", TINY, data, QUIET, short)
     for name in "ab":
         server.run("--config-file", config, "OUTPUT_DIR", tmp_path / name, script=RECORDER).succeeded()
     assert losses(tmp_path / "a") != losses(tmp_path / "b")
@@ -72,7 +74,8 @@ def test_resumed_without_a_checkpoint_it_starts_anew(server, plain, tmp_path):
 
 def test_finished_run_is_only_evaluated_again(server, plain, tmp_path):
     shutil.copytree(plain.folder, tmp_path / "out")
-    outcome = server.run("--config-file", plain.config, "--resume", "OUTPUT_DIR", tmp_path / "out").succeeded()
+    arguments = ("--config-file", plain.config, "--resume", "OUTPUT_DIR", tmp_path / "out")
+    outcome = server.run(*arguments).succeeded()
     assert outcome.stdout.count("copypaste: AP,AP50,AP75") == 1
     assert (tmp_path / "out" / "model_final.pth").read_bytes() == plain.weights.read_bytes()
 
@@ -80,6 +83,6 @@ def test_finished_run_is_only_evaluated_again(server, plain, tmp_path):
 def test_longer_schedule(server, data, plain, tmp_path):
     """A run whose MAX_ITER is raised goes on."""
     shutil.copytree(plain.folder, tmp_path / "out")
-    arguments = ("--config-file", plain.config, "--resume", "OUTPUT_DIR", tmp_path / "out", "SOLVER.MAX_ITER", 10)
-    server.run(*arguments, script=RECORDER).succeeded()
+    arguments = ("--config-file", plain.config, "--resume", "OUTPUT_DIR", tmp_path / "out")
+    server.run(*arguments, "SOLVER.MAX_ITER", 10, script=RECORDER).succeeded()
     assert [row["iteration"] for row in losses(tmp_path / "out")] == [8, 9]

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run after its current step, with a checkpoint that is the student's and resumes exactly."""
+"""SIGINT and SIGTERM end a run after its step, with a checkpoint that is a student's and resumes exactly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import signal
 
 import pytest
 
-from .runs import QUIET, RECORDER, TINY, assert_same_run, checkpoint, distiller, losses, wait_for_losses, write_config
+from .runs import (
+    QUIET, RECORDER, TINY, assert_same_run, checkpoint, distiller, losses, wait_for_losses, write_config,
+)
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
@@ -15,8 +17,8 @@ def test_stops_after_the_step_and_resumes_exactly(server, recorded, tmp_path, na
     stopped = server.run(*arguments, script=RECORDER, SIGNAL_AT=f"{name} 4 0")
     assert stopped.code == code and not stopped.stderr.count("Traceback")
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000004.pth"
-    for text in (stopped.stdout, (tmp_path / "log.txt").read_text()):
-        assert text.count(f"Stopped by {name} after iteration 4; --resume continues from model_0000004.pth.") == 1
+    line = f"Stopped by {name} after iteration 4; --resume continues from model_0000004.pth."
+    assert stopped.stdout.count(line) == (tmp_path / "log.txt").read_text().count(line) == 1
     server.run(*arguments, script=RECORDER).succeeded()
     assert_same_run(tmp_path, recorded.folder, iterations=range(8))
 
@@ -44,9 +46,8 @@ def test_checkpoint_of_an_interrupted_distillation_is_the_student_s(server, data
     assert server.run(*arguments, script=RECORDER, SIGNAL_AT="SIGTERM 1 0").code == 143
     weights = tmp_path / "out" / "model_0000001.pth"
     assert checkpoint(weights)["model"].keys() == checkpoint(plain.weights)["model"].keys()
-    server.run(
-        "--config-file", plain.config, "--eval-only", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", tmp_path / "evaluation"
-    ).succeeded()
+    arguments = ("--config-file", plain.config, "--eval-only", "MODEL.WEIGHTS", weights)
+    server.run(*arguments, "OUTPUT_DIR", tmp_path / "evaluation").succeeded()
 
 
 def test_ctrl_c_with_workers(server, data, tmp_path):
