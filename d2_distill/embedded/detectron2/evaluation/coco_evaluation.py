@@ -43,7 +43,7 @@ class COCOEvaluator(DatasetEvaluator):
         output_dir: where instances_predictions.pth and coco_instances_results.json are written, if given.
     """
 
-    def __init__(self, dataset_name: str, output_dir: Optional[str] = None):
+    def __init__(self, dataset_name: str, *, output_dir: Optional[str] = None):
         self._logger = logging.getLogger(__name__)
         self._output_dir = output_dir
         self._metadata = MetadataCatalog.get(dataset_name)

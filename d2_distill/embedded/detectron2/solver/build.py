@@ -64,7 +64,7 @@ def maybe_add_gradient_clipping(cfg: CfgNode, optimizer: Type[Optimizer]) -> Typ
 
 
 def get_default_optimizer_params(
-    model: nn.Module, base_lr: float, weight_decay_norm: Optional[float] = None,
+    model: nn.Module, *, base_lr: float, weight_decay_norm: Optional[float] = None,
     bias_lr_factor: Optional[float] = 1.0, weight_decay_bias: Optional[float] = None,
 ) -> List[Dict[str, Any]]:
     """Parameter groups for any torch optimizer; what is None is left to the optimizer's defaults.

@@ -135,7 +135,7 @@ class ResNet(Backbone):
 
     def freeze(self, freeze_at: int = 0) -> "ResNet":
         """Freeze the first layers: from 1 on the stem, from 2 on ``res2`` too, and so on."""
-        for name in self._layers[:freeze_at]:
+        for name in self._layers[: max(freeze_at, 0)]:
             for block in [self.stem] if name == "stem" else getattr(self, name):
                 block.freeze()
         return self
@@ -155,6 +155,7 @@ class ResNet(Backbone):
 def build_resnet_backbone(cfg, input_shape) -> ResNet:
     """The ResNet described by MODEL.RESNETS and MODEL.BACKBONE.FREEZE_AT."""
     resnets = cfg.MODEL.RESNETS
+    assert resnets.DEPTH in _BLOCKS_PER_STAGE, f"MODEL.RESNETS.DEPTH must be in {list(_BLOCKS_PER_STAGE)}"
     assert resnets.RES5_DILATION in (1, 2), "MODEL.RESNETS.RES5_DILATION must be 1 or 2"
     basic = resnets.DEPTH < 50
     if basic:

@@ -132,7 +132,7 @@ class FastRCNNOutputLayers(nn.Module):
         return self.cls_score(x), self.bbox_pred(x)
 
     def losses(self, predictions: Predictions, proposals: List[Instances]) -> Dict[str, Tensor]:
-        """``loss_cls`` and ``loss_box_reg``, the latter divided by the number of all regions.
+        """``loss_cls`` and ``loss_box_reg``.
 
         Args:
             proposals: with ``proposal_boxes``, ``gt_classes`` (K: background); foreground has ``gt_boxes``.
@@ -143,19 +143,25 @@ class FastRCNNOutputLayers(nn.Module):
         # Without ground truth there is no foreground: any box will do.
         gt_boxes = Boxes.cat([p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes for p in proposals])
         proposal_boxes = Boxes.cat([p.proposal_boxes for p in proposals])
-        foreground = torch.nonzero(gt_classes < self.num_classes).squeeze(1)
-        fg_deltas = deltas[foreground].unflatten(1, (-1, 4))
-        columns = 0 if fg_deltas.shape[1] == 1 else gt_classes[foreground]
-        fg_deltas = fg_deltas[torch.arange(len(foreground), device=deltas.device), columns]
-        box_loss = _dense_box_regression_loss(
-            [proposal_boxes[foreground]], self.box2box_transform, [fg_deltas.unsqueeze(0)],
-            [gt_boxes.tensor[foreground]], torch.ones_like(foreground, dtype=torch.bool).unsqueeze(0),
-            self.box_reg_loss_type, self.smooth_l1_beta)
         losses = {
             "loss_cls": cross_entropy(scores, gt_classes),
-            "loss_box_reg": box_loss / max(gt_classes.numel(), 1),
+            "loss_box_reg": self.box_reg_loss(proposal_boxes, gt_boxes, deltas, gt_classes),
         }
         return {name: loss * self.loss_weight[name] for name, loss in losses.items()}
+
+    def box_reg_loss(
+        self, proposal_boxes: Boxes, gt_boxes: Boxes, pred_deltas: Tensor, gt_classes: Tensor
+    ) -> Tensor:
+        """Sum over the foreground divided by the number of all sampled regions."""
+        foreground = torch.nonzero(gt_classes < self.num_classes).squeeze(1)
+        deltas = pred_deltas[foreground].unflatten(1, (-1, 4))
+        columns = 0 if deltas.shape[1] == 1 else gt_classes[foreground]
+        deltas = deltas[torch.arange(len(foreground), device=deltas.device), columns]
+        loss = _dense_box_regression_loss(
+            [proposal_boxes[foreground]], self.box2box_transform, [deltas.unsqueeze(0)],
+            [gt_boxes.tensor[foreground]], torch.ones_like(foreground, dtype=torch.bool).unsqueeze(0),
+            self.box_reg_loss_type, self.smooth_l1_beta)
+        return loss / max(gt_classes.numel(), 1)
 
     def inference(
         self, predictions: Predictions, proposals: List[Instances],
