@@ -25,4 +25,5 @@ def kd_quality_focal_loss(
     modulation = (logits.sigmoid() - target).abs()
     if beta != 1:
         modulation = modulation.pow(beta)
-    return F.binary_cross_entropy_with_logits(logits, target, reduction="none") * modulation
+    # Binary cross entropy, in a form that is several times faster on the CPU than PyTorch's own function.
+    return (F.softplus(logits) - logits * target) * modulation
