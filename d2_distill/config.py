@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Sequence
+
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+
+from .errors import UserError
 
 
 def get_distill_cfg() -> CN:
     """Detectron2's default config with the keys of :func:`add_distill_config`."""
     cfg = get_cfg()
     add_distill_config(cfg)
+    return cfg
+
+
+def read_config(config_file: str, opts: Sequence, *, source: str) -> CN:
+    """The defaults, overridden by a config file ("" for none), overridden by a flat list of keys and values.
+
+    Args:
+        source: what the error message calls the config.
+
+    Raises:
+        UserError: the file is missing or malformed, or a key or the type of a value is wrong.
+    """
+    cfg = get_distill_cfg()
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file)
+        cfg.merge_from_list(list(opts))
+    except Exception as error:  # whatever Detectron2, yacs or the YAML parser raise on a malformed file
+        reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        raise UserError(f"{source} is not valid: {reason}; correct it.") from error
     return cfg
 
 

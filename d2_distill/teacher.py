@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from .checkpoint import load_exactly
-from .config import get_distill_cfg
+from .config import read_config
 from .data.classes import dataset_classes
 from .data.registration import register_datasets
 from .errors import UserError
@@ -48,11 +48,10 @@ class Teacher:
         if not cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
             return None
         teacher_cfg = teacher_config(cfg)
-        register_datasets(teacher_cfg)
         model = build_student(teacher_cfg).to(memory_format=torch.channels_last)
         weights = teacher_cfg.MODEL.WEIGHTS
         load_exactly(model, weights, key="MODEL.DISTILL.TEACHER.WEIGHTS")
-        teacher = cls(model, input_format=teacher_cfg.INPUT.FORMAT, classes=dataset_classes(teacher_cfg))
+        teacher = cls(model, input_format=teacher_cfg.INPUT.FORMAT, classes=_class_names(teacher_cfg))
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         logger.info(
             "Teacher: %s with %.1fM parameters from %s, fingerprint %s",
@@ -113,17 +112,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         UserError: the config file is missing or not a valid config, or names no weights.
     """
     node = cfg.MODEL.DISTILL.TEACHER
-    teacher_cfg = get_distill_cfg()
-    config_file = _config_path(node.CONFIG_FILE)
-    try:
-        teacher_cfg.merge_from_file(config_file)
-        teacher_cfg.merge_from_list(list(node.OPTS))
-    except Exception as error:  # whatever Detectron2, yacs or the YAML parser raise on a malformed file
-        reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-        raise UserError(
-            f"MODEL.DISTILL.TEACHER: {node.CONFIG_FILE} with the overrides OPTS is not valid ({reason}); "
-            "correct that key or value."
-        ) from error
+    source = f"MODEL.DISTILL.TEACHER: {node.CONFIG_FILE} with the overrides OPTS"
+    teacher_cfg = read_config(_config_path(node.CONFIG_FILE), node.OPTS, source=source)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     if node.WEIGHTS:
         teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS
@@ -139,6 +129,15 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
             "only BGR and RGB can be converted into each other."
         )
     return teacher_cfg
+
+
+def _class_names(teacher_cfg: CfgNode) -> List[str]:
+    try:
+        register_datasets(teacher_cfg)
+    except UserError as error:  # a teacher may come without its data
+        logger.warning("The class names of the teacher are not known and not compared: %s", error)
+        return []
+    return dataset_classes(teacher_cfg)
 
 
 def _config_path(name: str) -> str:

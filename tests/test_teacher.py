@@ -40,6 +40,13 @@ def test_no_config_file_no_teacher():
     assert Teacher.from_config(distiller_cfg("RetinaNet", None)) is None
 
 
+def test_teacher_may_come_without_its_data(tmp_path):
+    cfg = distiller_cfg("RetinaNet", save_teacher(tmp_path, "RetinaNet"))
+    row = ("absent_set", str(tmp_path / "absent.json"), str(tmp_path))
+    cfg.MODEL.DISTILL.TEACHER.OPTS = ["DATASETS.COCO", (row,), "DATASETS.TRAIN", ("absent_set",)]
+    assert list(Teacher.from_config(cfg).classes) == []
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -53,7 +60,7 @@ def test_no_config_file_no_teacher():
 )
 def test_invalid_config_file(tmp_path, text, message):
     cfg = config(tmp_path, text)
-    with pytest.raises(UserError, match=rf"MODEL.DISTILL.TEACHER: .* not valid \(.*{message}") as error:
+    with pytest.raises(UserError, match=rf"MODEL.DISTILL.TEACHER: .* not valid: .*{message}") as error:
         teacher_config(cfg)
     assert "\n" not in str(error.value)
 

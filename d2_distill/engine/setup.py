@@ -17,10 +17,9 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import require_file
-from ..config import get_distill_cfg
+from ..config import read_config
 from ..data.checks import check_datasets
 from ..data.registration import register_datasets
-from ..errors import UserError
 from ..student import DISTILLER, build_student, num_classes_key
 from .evaluate import load_student
 from .logs import held_back
@@ -64,15 +63,8 @@ def load_config(config_file: str, opts: Sequence[str]) -> CfgNode:
     Raises:
         UserError: the file is missing, or a key or the type of a value is wrong.
     """
-    cfg = get_distill_cfg()
-    try:
-        if config_file:
-            cfg.merge_from_file(config_file)
-        cfg.merge_from_list(opts)
-    except Exception as error:  # whatever Detectron2, yacs or the YAML parser raise on a malformed file
-        source = f"{config_file or 'the default config'} with the command line's overrides"
-        reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-        raise UserError(f"The config ({source}) is not valid: {reason}; correct it.") from error
+    source = f"The config ({config_file or 'the default config'} with the command line's overrides)"
+    cfg = read_config(config_file, opts, source=source)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU.", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
