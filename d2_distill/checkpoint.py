@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Any
+from typing import Any, Iterator
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
@@ -28,6 +29,19 @@ def require_file(weights: str, *, key: str) -> None:
         raise UserError(f"{key}: there is no file {weights}; train the model first or correct the path.")
 
 
+@contextlib.contextmanager
+def readable(weights: str, *, key: str) -> Iterator[None]:
+    """
+    Raises:
+        UserError: reading ``weights`` inside failed; see :func:`load_exactly`.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever unpickling, the network or the conversion of names raises
+        reason = " ".join(str(error).split()).partition(". ")[0]  # torch goes on at length
+        raise UserError(f"{key}: {weights} cannot be read as a checkpoint ({reason}); replace it.") from error
+
+
 def load_exactly(model: nn.Module, weights: str, *, key: str) -> None:
     """Load a checkpoint that must fill the model completely and contain nothing else.
 
@@ -43,11 +57,8 @@ def load_exactly(model: nn.Module, weights: str, *, key: str) -> None:
         raise UserError(f"{key} is empty; name the checkpoint of the model.")
     require_file(weights, key=key)
     checkpointer = _ExactCheckpointer(model)
-    try:
+    with readable(weights, key=key):
         checkpointer.load(weights, checkpointables=[])
-    except Exception as error:  # whatever unpickling, the network or the conversion of names raises
-        reason = " ".join(str(error).split()).partition(". ")[0]  # torch goes on at length
-        raise UserError(f"{key}: {weights} cannot be read as a checkpoint ({reason}).") from error
     found = checkpointer.incompatible
     # A mis-shaped tensor is not loaded, so that it counts as missing, too.
     misshaped = {name for name, _, _ in found.incorrect_shapes}

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checkpoint import readable
 from ..data.loader import build_train_loader
 from ..data.mapper import CheckedDatasetMapper
 from ..distiller import Distiller
@@ -73,6 +74,12 @@ class Trainer(DefaultTrainer):
         normalizers = LossNormalizers(self.model, self.cfg.SOLVER.CHECKPOINT_PERIOD)
         stop = StopOnSignal(normalizers)
         return [self._seeding, normalizers, TrainingClock(), *super().build_hooks(), stop]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        resumes = resume and self.checkpointer.has_checkpoint()
+        weights = self.checkpointer.get_checkpoint_file() if resumes else self.cfg.MODEL.WEIGHTS
+        with readable(weights, key="OUTPUT_DIR" if resumes else "MODEL.WEIGHTS"):
+            super().resume_or_load(resume=resume)
 
     def train(self) -> Any:
         self._trainer.data_loader = build_train_loader(

@@ -60,6 +60,14 @@ def test_key_or_value(refuse, data, opts, says):
     refuse(merged(TINY, data), *opts, says=says)
 
 
+def test_student_weights_unreadable(refuse, data, tmp_path):
+    weights = tmp_path / "broken.pth"
+    weights.write_bytes(b"no checkpoint")
+    says = ["MODEL.WEIGHTS", weights, "replace it"]
+    refuse(merged(TINY, data), "MODEL.WEIGHTS", weights, says=says, writes=True)
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
 def test_not_yaml(server, tmp_path):
     (tmp_path / "bad.yaml").write_text("SOLVER: [1\n")
     outcome = server.run("--config-file", tmp_path / "bad.yaml", "OUTPUT_DIR", tmp_path / "out")
