@@ -44,6 +44,7 @@ class Distiller(nn.Module):
         self.teacher = teacher
         self.methods = methods
         self.input_format = input_format
+        self._normalises_alike = teacher is not None and teacher.normalises_like(student, input_format)
         self._unchecked_steps = CHECKED_STEPS
 
     @classmethod
@@ -75,8 +76,8 @@ class Distiller(nn.Module):
         teacher = None
         if self.teacher is not None:
             teacher = self.teacher.run(
-                batched_inputs, images, student=self.student, student_format=self.input_format,
-                gt_instances=gt_instances, taps=taps,
+                batched_inputs, images, student_format=self.input_format,
+                normalises_alike=self._normalises_alike, gt_instances=gt_instances, taps=taps,
             )
         losses.update(self._distill(student, teacher))
         self._unchecked_steps = max(self._unchecked_steps - 1, 0)

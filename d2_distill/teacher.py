@@ -72,30 +72,31 @@ class Teacher:
         batched_inputs: Sequence[Dict[str, Any]],
         student_images: ImageList,
         *,
-        student: nn.Module,
         student_format: str,
+        normalises_alike: bool,
         gt_instances: Optional[List[Instances]] = None,
         taps: Optional[Taps] = None,
     ) -> Run:
         """Start a frozen run on the student's batch; nothing is computed before a method reads it.
 
-        The student's normalised batch is used as it is where both models normalise alike.
+        Args:
+            normalises_alike: what :meth:`normalises_like` says of the student; its batch is then used as it is.
         """
         if self.model.device != student_images.tensor.device:
             self.model.to(student_images.tensor.device)
-        if self._shares_preprocessing(student, student_images, student_format):
+        divisibility = max(self.model.backbone.size_divisibility, 1)
+        if normalises_alike and all(side % divisibility == 0 for side in student_images.tensor.shape[-2:]):
             images = student_images
         else:
             images = self.staged.preprocess(self._in_own_format(batched_inputs, student_format))
         return self.staged.run(images, gt_instances, taps=taps, frozen=True)
 
-    def _shares_preprocessing(self, student: nn.Module, images: ImageList, student_format: str) -> bool:
-        divisibility = max(self.model.backbone.size_divisibility, 1)
+    def normalises_like(self, student: nn.Module, student_format: str) -> bool:
+        """Whether both models make the same tensor of an image. To be asked once: on a GPU it waits for it."""
         return (
             self.input_format == student_format
-            and torch.equal(self.model.pixel_mean, student.pixel_mean)
-            and torch.equal(self.model.pixel_std, student.pixel_std)
-            and all(side % divisibility == 0 for side in images.tensor.shape[-2:])
+            and torch.equal(self.model.pixel_mean.cpu(), student.pixel_mean.cpu())
+            and torch.equal(self.model.pixel_std.cpu(), student.pixel_std.cpu())
         )
 
     def _in_own_format(self, batched_inputs, student_format: str):

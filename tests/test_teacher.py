@@ -112,7 +112,8 @@ def test_model_zoo_names():
 
 def run(teacher: Teacher, student, inputs):
     images = student.preprocess_image(inputs)
-    return teacher.run(inputs, images, student=student, student_format="BGR"), images
+    alike = teacher.normalises_like(student, "BGR")
+    return teacher.run(inputs, images, student_format="BGR", normalises_alike=alike), images
 
 
 def test_batch_is_shared_where_models_normalise_alike():
