@@ -80,7 +80,7 @@ class Teacher:
         """Start a frozen run on the student's batch; nothing is computed before a method reads it.
 
         Args:
-            normalises_alike: what :meth:`normalises_like` says of the student; its batch is then used as it is.
+            normalises_alike: whether the student's batch can be used as it is, see :meth:`normalises_like`.
         """
         if self.model.device != student_images.tensor.device:
             self.model.to(student_images.tensor.device)
@@ -92,7 +92,7 @@ class Teacher:
         return self.staged.run(images, gt_instances, taps=taps, frozen=True)
 
     def normalises_like(self, student: nn.Module, student_format: str) -> bool:
-        """Whether both models make the same tensor of an image. To be asked once: on a GPU it waits for it."""
+        """Whether both models make the same tensor of an image; to be asked once, since a GPU has to wait."""
         return (
             self.input_format == student_format
             and torch.equal(self.model.pixel_mean.cpu(), student.pixel_mean.cpu())
