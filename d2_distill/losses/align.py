@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .channel_statistics import channel_statistics, standardize
+from .channel_statistics import EPS, center, deviation
 
 
 def align_statistics(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -22,5 +22,6 @@ def align_statistics(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tens
     Returns:
         (N, C, H, W), float32 for half-precision input.
     """
-    mean, deviation = channel_statistics(teacher.detach())
-    return standardize(student) * deviation + mean
+    _, ours = center(student)
+    mean, theirs = center(teacher.detach())
+    return torch.addcmul(mean, ours, deviation(theirs) / (deviation(ours) + EPS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Optional, Union
 
 import torch
+import torch.distributed as dist
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -22,3 +23,17 @@ def weighted_mean(
     if weight is not None:
         loss = loss * weight
     return loss.sum() / (normalizer + EPS)
+
+
+def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """Average of a tensor over all processes, without gradient; one process gets its own values back.
+
+    With a normalizer averaged so, DDP's mean of the gradients is the gradient of one large batch. Every
+    process has to call it. Several processes turn integers into floating-point numbers.
+    """
+    value = value.detach()
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
