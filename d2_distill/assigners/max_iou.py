@@ -1,62 +1,68 @@
-"""OpenMMLab's MaxIoU assignment in the form of Detectron2's Matcher."""
+"""RetinaNet's assignment by the highest IoU, in OpenMMLab's convention."""
 
 from __future__ import annotations
 
-from typing import List, Tuple
+from typing import Optional, Sequence
 
 import torch
-from detectron2.modeling.matcher import Matcher
+
+from ..overlaps import pairwise_overlaps
+from .ground_truth import BACKGROUND, IGNORED
 
 
-class MaxIoUMatcher(Matcher):
-    """A Matcher whose low-quality step gives an anchor to the box it is the best anchor of.
+def match_max_iou(
+    anchors: torch.Tensor,
+    boxes: torch.Tensor,
+    valid_boxes: torch.Tensor,
+    valid_anchors: Optional[torch.Tensor] = None,
+    *,
+    thresholds: Sequence[float],
+    labels: Sequence[int],
+) -> torch.Tensor:
+    """Give each anchor the box that it overlaps most, then each box the anchors that overlap it most.
 
-    Detectron2's own ``allow_low_quality_matches`` only makes such an anchor positive and leaves it with the
-    box that it overlaps most; here it is re-assigned, as in the RetinaNets that published distillation
+    Detectron2's ``allow_low_quality_matches`` only makes such an anchor positive and leaves it with the box
+    that it overlaps most itself; here it is re-assigned, as in the RetinaNets that published distillation
     numbers are of.
+
+    Args:
+        anchors: (R, 4) XYXY.
+        boxes: (N, G, 4) XYXY of N images, padded; G may be 0.
+        valid_boxes: (N, G) bool, False where padded.
+        valid_anchors: (N, R) bool, the others overlap nothing; None: all are valid.
+        thresholds, labels: of Detectron2's Matcher: ``labels[i]`` (1 positive, 0 negative, -1 ignored) holds
+            from IoU ``thresholds[i - 1]`` on.
+
+    Returns:
+        (N, R) int64: index of the box, BACKGROUND or IGNORED.
     """
-
-    def __init__(self, thresholds: List[float], labels: List[int]) -> None:
-        """
-        Args:
-            thresholds, labels: Matcher's; ``labels[i]`` holds from IoU ``thresholds[i - 1]`` on.
-        """
-        super().__init__(list(thresholds), list(labels), allow_low_quality_matches=False)
-
-    def __call__(self, match_quality_matrix: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            match_quality_matrix: (M, N) IoU >= 0 of M ground-truth boxes with N anchors. A column of zeros
-                takes an anchor out of the assignment: it is never claimed.
-
-        Returns:
-            Box index (N,) int64 and label (N,) int8 (1 positive, 0 negative, -1 ignored) of each anchor. No
-            box: all anchors are negative and the index is 0.
-        """
-        matches, labels = super().__call__(match_quality_matrix)
-        return claim_best_anchors(match_quality_matrix, matches, labels)
+    if boxes.shape[1] == 0:
+        return torch.full((len(boxes), len(anchors)), BACKGROUND, device=anchors.device)
+    overlaps = pairwise_overlaps(boxes, anchors, "iou").masked_fill(~valid_boxes[..., None], 0)
+    if valid_anchors is not None:
+        overlaps = overlaps * valid_anchors[:, None]
+    best, matches = overlaps.max(dim=1)
+    level = torch.bucketize(best, best.new_tensor(thresholds), right=True)
+    label = torch.tensor(labels, device=best.device)[level]
+    matches = matches.masked_fill(label == 0, BACKGROUND).masked_fill(label == -1, IGNORED)
+    return claim_best_anchors(overlaps, matches)
 
 
-def claim_best_anchors(
-    quality: torch.Tensor, matches: torch.Tensor, labels: torch.Tensor
-) -> Tuple[torch.Tensor, torch.Tensor]:
+def claim_best_anchors(overlaps: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
     """Give each box all the anchors that attain its highest IoU, whatever they were assigned before.
 
     An anchor that several boxes claim goes to the last of them. A box that overlaps no anchor claims none;
     the reference lets it grab every anchor that it does not touch.
 
     Args:
-        quality: (M, N) IoU of M boxes with N anchors.
-        matches, labels: (N,) assignment so far; not changed.
+        overlaps: (N, G, R) IoU of G > 0 boxes with R anchors.
+        matches: (N, R) assignment so far; not changed.
 
     Returns:
-        New matches and labels.
+        New matches.
     """
-    if quality.numel() == 0:
-        return matches, labels
-    highest = quality.amax(dim=1, keepdim=True)
-    best = (quality == highest) & (highest > 0)
-    order = torch.arange(1, len(quality) + 1, dtype=torch.int32, device=quality.device)
-    claimant = (best * order[:, None]).amax(dim=0)  # 1-based, 0: nobody
-    claimed = claimant > 0
-    return torch.where(claimed, claimant.long() - 1, matches), labels.masked_fill(claimed, 1)
+    highest = overlaps.amax(dim=2, keepdim=True)
+    claims = (overlaps == highest) & (highest > 0)
+    order = torch.arange(1, overlaps.shape[1] + 1, dtype=torch.int32, device=overlaps.device)
+    claimant = (claims * order[:, None]).amax(dim=1).long()  # 1-based, 0: nobody
+    return torch.where(claimant > 0, claimant - 1, matches)

@@ -1,0 +1,118 @@
+"""Adaptive training sample selection (Zhang et al., arXiv 1912.02424), for a whole batch at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Sequence
+
+import torch
+
+from ..geometry import centers_of, depth_inside
+from ..overlaps import pairwise_overlaps
+from .ground_truth import BACKGROUND
+
+MIN_DEPTH = 0.01  # pixels that the centre of a positive anchor lies inside its box
+
+
+class ATSSMatch(NamedTuple):
+    """
+    Attributes:
+        matches: (N, R) int64, index of the box that an anchor is positive for, or BACKGROUND.
+        thresholds: (N, G) IoU from which on a candidate is positive; of use for real boxes only.
+    """
+
+    matches: torch.Tensor
+    thresholds: torch.Tensor
+
+
+class _Candidates(NamedTuple):
+    """The K anchors nearest to each box, (N, G, K); fewer where ``real`` is False. Their IoU there is 0."""
+
+    anchors: torch.Tensor
+    overlaps: torch.Tensor
+    real: torch.Tensor
+
+
+def match_atss(
+    anchors: torch.Tensor,
+    level_sizes: Sequence[int],
+    boxes: torch.Tensor,
+    valid_boxes: torch.Tensor,
+    valid_anchors: Optional[torch.Tensor] = None,
+    topk: int = 9,
+) -> ATSSMatch:
+    """Match anchors with boxes.
+
+    The candidates of a box are the ``topk`` valid anchors of each level whose centres are nearest to its own,
+    its threshold is the mean of their IoU plus the standard deviation (unbiased; 0 of a single candidate).
+    Candidates that reach it and have their centre inside the box are positive; one that is positive for
+    several boxes goes to that of the largest IoU, of equal ones to the first. A box may get no anchor at all.
+
+    Args:
+        anchors: (R, 4) XYXY of all levels.
+        level_sizes: number of anchors of each level.
+        boxes: (N, G, 4) XYXY, padded.
+        valid_boxes: (N, G) bool.
+        valid_anchors: (N, R) bool, the anchors that take part; None: all.
+        topk: candidates a level.
+    """
+    candidates = _nearest_anchors(anchors, level_sizes, boxes, valid_anchors, topk)
+    thresholds = _thresholds(candidates)
+    depths = depth_inside(centers_of(anchors)[candidates.anchors], boxes[:, :, None])
+    positive = candidates.real & valid_boxes[..., None]
+    positive &= (candidates.overlaps >= thresholds[..., None]) & (depths > MIN_DEPTH)
+    return ATSSMatch(_resolve(candidates, positive, len(anchors)), thresholds)
+
+
+def atss_thresholds(
+    anchors: torch.Tensor,
+    level_sizes: Sequence[int],
+    boxes: torch.Tensor,
+    valid_anchors: Optional[torch.Tensor] = None,
+    topk: int = 9,
+) -> torch.Tensor:
+    """The thresholds (N, G) of :func:`match_atss` alone, for detectors that assign otherwise."""
+    return _thresholds(_nearest_anchors(anchors, level_sizes, boxes, valid_anchors, topk))
+
+
+def _nearest_anchors(
+    anchors: torch.Tensor,
+    level_sizes: Sequence[int],
+    boxes: torch.Tensor,
+    valid_anchors: Optional[torch.Tensor],
+    topk: int,
+) -> _Candidates:
+    # The form by matrix multiplication would be off by whole pixels on large images.
+    distances = torch.cdist(
+        centers_of(boxes), centers_of(anchors), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    if valid_anchors is not None:
+        distances = distances.masked_fill(~valid_anchors[:, None], float("inf"))
+    nearest, indices, start = [], [], 0
+    for level in distances.split(list(level_sizes), dim=-1):
+        values, inside_level = level.topk(min(topk, level.shape[-1]), largest=False, sorted=False)
+        nearest.append(values)
+        indices.append(inside_level + start)
+        start += level.shape[-1]
+    real, index = torch.cat(nearest, dim=-1).isfinite(), torch.cat(indices, dim=-1)
+    overlaps = pairwise_overlaps(anchors[index], boxes[:, :, None]).squeeze(-1)
+    return _Candidates(index, overlaps.masked_fill(~real, 0), real)
+
+
+def _thresholds(candidates: _Candidates) -> torch.Tensor:
+    count = candidates.real.sum(dim=-1)
+    mean = candidates.overlaps.sum(dim=-1) / count.clamp(min=1)
+    deviations = (candidates.overlaps - mean[..., None]).masked_fill(~candidates.real, 0)
+    return mean + (deviations.square().sum(dim=-1) / (count - 1).clamp(min=1)).sqrt()
+
+
+def _resolve(candidates: _Candidates, positive: torch.Tensor, num_anchors: int) -> torch.Tensor:
+    """Matches (N, R): of the boxes that claim an anchor that of the largest IoU, of equal ones the first."""
+    num_images, num_boxes, _ = positive.shape
+    order = torch.arange(num_boxes, device=positive.device)[:, None].expand_as(positive).flatten(1)
+    anchors, positive = candidates.anchors.flatten(1), positive.flatten(1)
+    overlaps = candidates.overlaps.flatten(1).masked_fill(~positive, -1)
+    largest = overlaps.new_full((num_images, num_anchors), -1).scatter_reduce(1, anchors, overlaps, "amax")
+    winners = positive & (overlaps == largest.gather(1, anchors))
+    matches = anchors.new_full((num_images, num_anchors), num_boxes)
+    matches = matches.scatter_reduce(1, anchors, order.masked_fill(~winners, num_boxes), "amin")
+    return matches.masked_fill(matches == num_boxes, BACKGROUND)

@@ -1,0 +1,16 @@
+"""Regions: which locations or anchors a distillation term looks at; functions of tensors only."""
+
+from __future__ import annotations
+
+from .finegrained import finegrained_region
+from .general_instance import general_instance_rows
+from .inside_boxes import inside_boxes
+from .valuable import VALUABLE_OVERLAPS, valuable_region
+
+__all__ = [
+    "VALUABLE_OVERLAPS",
+    "finegrained_region",
+    "general_instance_rows",
+    "inside_boxes",
+    "valuable_region",
+]
