@@ -1,0 +1,75 @@
+"""FPN with its coarsest levels as the config says, on any bottom-up network with features res2 to res5."""
+
+from __future__ import annotations
+
+from typing import List
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import nn
+
+from ..errors import UserError
+
+
+class LinearP6P7(LastLevelP6P7):
+    """P6 and P7 without the ReLU between them; modules and arguments are LastLevelP6P7's."""
+
+    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """(N, C, H, W) to P6 (N, C', H/2, W/2) and P7 (N, C', H/4, W/4), sizes rounded up."""
+        p6 = self.p6(x)
+        return [p6, self.p7(p6)]
+
+
+def pyramid_features(cfg: CfgNode) -> List[str]:
+    """``MODEL.FPN.IN_FEATURES``, the features that the pyramid stands on, fine to coarse.
+
+    Raises:
+        UserError: they are not consecutive stages up to "res5".
+    """
+    names = list(cfg.MODEL.FPN.IN_FEATURES)
+    if not names or names != ["res2", "res3", "res4", "res5"][-len(names) :]:
+        raise UserError(
+            f"MODEL.FPN.IN_FEATURES is {names}; it must end with 'res5', on which {cfg.MODEL.BACKBONE.NAME} puts P5 "
+            "and the levels above, after the stages in front of it, such as ['res3', 'res4', 'res5']."
+        )
+    return names
+
+
+def build_pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """Detectron2's FPN of ``MODEL.FPN`` on ``bottom_up``, with levels above P5.
+
+    ``MODEL.FPN.TOP_BLOCK`` "P6P7" adds 3x3 convolutions of stride 2: P6 stands on ``TOP_BLOCK_IN_FEATURE``, "p5"
+    (the pyramid's own output) or "res5", and ``TOP_BLOCK_RELU`` puts a ReLU between P6 and P7. "MaxPool" adds P6
+    alone, every second cell of P5.
+
+    Raises:
+        UserError: one of these keys has another value, or see :func:`pyramid_features`.
+    """
+    node = cfg.MODEL.FPN
+    return FPN(
+        bottom_up,
+        in_features=pyramid_features(cfg),
+        out_channels=node.OUT_CHANNELS,
+        norm=node.NORM,
+        top_block=_build_top_block(node, bottom_up),
+        fuse_type=node.FUSE_TYPE,
+    )
+
+
+def _build_top_block(node: CfgNode, bottom_up: Backbone) -> nn.Module:
+    if node.TOP_BLOCK == "MaxPool":
+        return LastLevelMaxPool()
+    if node.TOP_BLOCK != "P6P7":
+        raise UserError(f"MODEL.FPN.TOP_BLOCK is {node.TOP_BLOCK!r}; choose one of P6P7, MaxPool.")
+    channels = {"p5": node.OUT_CHANNELS, "res5": bottom_up.output_shape()["res5"].channels}
+    if node.TOP_BLOCK_IN_FEATURE not in channels:
+        raise UserError(
+            f"MODEL.FPN.TOP_BLOCK_IN_FEATURE is {node.TOP_BLOCK_IN_FEATURE!r}; "
+            f"choose one of {', '.join(channels)}."
+        )
+    top_block_class = LastLevelP6P7 if node.TOP_BLOCK_RELU else LinearP6P7
+    return top_block_class(
+        channels[node.TOP_BLOCK_IN_FEATURE], node.OUT_CHANNELS, in_feature=node.TOP_BLOCK_IN_FEATURE
+    )

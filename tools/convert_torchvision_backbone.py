@@ -1,0 +1,138 @@
+#!/usr/bin/env python
+"""Convert a torchvision checkpoint to weights of a detector's backbone: ResNet, MobileNetV2 or Swin Transformer."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Dict, FrozenSet, Iterable, Sequence, Tuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
+
+import numpy as np
+import torch
+import torchvision
+from d2_distill.errors import UserError
+
+EXAMPLE = """
+Example:
+  python tools/convert_torchvision_backbone.py resnet18-f37072fd.pth resnet18.pkl
+and then, in the config of the detector:
+  MODEL:
+    WEIGHTS: resnet18.pkl
+    PIXEL_MEAN: [123.675, 116.28, 103.53]
+    PIXEL_STD: [58.395, 57.12, 57.375]
+    RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, STRIDE_IN_1X1: False}
+  INPUT:
+    FORMAT: RGB
+MobileNetV2 and Swin Transformers: the same means, and BACKBONE.NAME build_mobilenet_v2_fpn_backbone or
+build_swin_fpn_backbone (MODEL.SWIN.IMPLEMENTATION torchvision). For weights in torchvision's layout that were trained
+elsewhere, set means, FORMAT and MODEL.MOBILENETV2.SAME_PADDING as there.
+"""
+
+# Models of torchvision -> how Detectron2's names, or the project's, are made from theirs. What is left over (the
+# classifier) gets a name that no detector has.
+_RESNET = ((r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}."),
+           (r"^(?!res\d\.)", "stem."),
+           (r"bn(\d)\.", r"conv\1.norm."),
+           (r"downsample\.0\.", "shortcut."),
+           (r"downsample\.1\.", "shortcut.norm."))
+RENAMES = {
+    ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"): _RESNET,
+    ("mobilenet_v2",): (),
+    ("swin_t", "swin_s"): ((r"^(norm|head)\.", r"classifier.\1."),),  # swin_b has swin_s's names
+}
+# Batch norms' counters, which older checkpoints lack.
+_OPTIONAL = "num_batches_tracked"
+
+
+def identify(state_dict: Dict[str, torch.Tensor], source: str) -> Sequence[Tuple]:
+    """The renames of the architecture whose names are those of the state dict.
+
+    Raises:
+        UserError: there is none; the message names ``source``, and what differs from the most similar one.
+    """
+    names = _required(state_dict)
+    models = {model: renames for models, renames in RENAMES.items() for model in models}
+    model = min(models, key=lambda model: len(_names(model) ^ names))
+    differences = {"lacks": _names(model) - names, "has the unknown": names - _names(model)}
+    found = [f"{what} {', '.join(sorted(which)[:3])}" for what, which in differences.items() if which]
+    if found:
+        raise UserError(
+            f"{source} does not hold a torchvision ResNet, MobileNetV2 or Swin Transformer: compared with the most "
+            f"similar, {model}, it {' and '.join(found)}."
+        )
+    return models[model]
+
+
+@functools.lru_cache(maxsize=None)
+def _names(model: str) -> FrozenSet[str]:
+    with torch.device("meta"):
+        return _required(torchvision.models.get_model(model).state_dict())
+
+
+def _required(names: Iterable[str]) -> FrozenSet[str]:
+    return frozenset(name for name in names if not name.endswith(_OPTIONAL))
+
+
+def convert(state_dict: Dict[str, torch.Tensor], source: str = "The checkpoint") -> dict:
+    """The content of a Detectron2 ``.pkl`` file for the state dict of a torchvision model.
+
+    ``layer1.0.bn2.bias`` of a ResNet becomes ``res2.0.conv2.norm.bias``; names of the others stay.
+
+    Raises:
+        UserError: see :func:`identify`.
+    """
+    model = {}
+    renames = identify(state_dict, source)
+    for name, value in state_dict.items():
+        for pattern, new in renames:
+            name = re.sub(pattern, new, name)
+        model[name] = value.detach().numpy()
+    return {"model": model, "__author__": "torchvision", "matching_heuristics": True}
+
+
+def load_state_dict(path: Path) -> Dict[str, torch.Tensor]:
+    """Read a torchvision checkpoint.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or is not a dict of tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; download a checkpoint of torchvision first.")
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is not a file of tensors that torch can read; download it again.") from error
+    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise UserError(f"{path} is not a state dict, which has a tensor for each name; save model.state_dict().")
+    return state_dict
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, help="torchvision checkpoint (.pth)")
+    parser.add_argument("output", type=Path, help="file to write (.pkl)")
+    args = parser.parse_args()
+    if args.output.suffix != ".pkl":
+        raise UserError(f"{args.output} must end with .pkl, by which Detectron2 knows the format.")
+    if args.output.exists():
+        raise UserError(f"{args.output} exists already; remove it or choose another name.")
+    converted = convert(load_state_dict(args.input), source=str(args.input))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.output, "wb") as f:
+        pickle.dump(converted, f)
+    values = sum(np.size(value) for value in converted["model"].values())
+    print(f"Wrote {len(converted['model'])} tensors ({values / 1e6:.1f} M values) to {args.output}.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))
