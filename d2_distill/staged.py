@@ -6,18 +6,28 @@ going through them. Detectors keep their own ``forward``, which equals the stage
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property, wraps
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Type
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+)
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
+from .assigners import Assignment, GroundTruth
 from .errors import UserError
-
-Taps = Mapping[str, FrozenSet[int]]
 
 
 class stage(cached_property):
@@ -32,64 +42,51 @@ class stage(cached_property):
         super().__init__(guarded)
 
 
+class Tap(NamedTuple):
+    """A place in a tower: behind ``position`` blocks; 0 is the feature map in front of it.
+
+    With ``activated`` False it lies in front of the activation of the last of these blocks.
+    """
+
+    position: int
+    activated: bool = True
+
+
+Taps = Mapping[str, FrozenSet[Tap]]
+
+
 class Tower:
-    """A head branch of n blocks (conv, norm, activation) that can be run from block i to block k.
+    """A head branch of n blocks (conv, norm, activation) that can be run from any tap to any later one.
 
     It is a view of the layers of an ``nn.Sequential``, whose state-dict names stay; each ReLU ends a block.
     """
 
     def __init__(self, layers: nn.Sequential) -> None:
-        self.blocks: List[nn.Sequential] = []
-        block: List[nn.Module] = []
-        for layer in layers:
-            block.append(layer)
-            if isinstance(layer, nn.ReLU):
-                self.blocks.append(nn.Sequential(*block))
-                block = []
-        assert not block, "a tower must end with an activation"
+        self.layers = list(layers)
+        self._ends = [0] + [end for end, layer in enumerate(layers, start=1) if isinstance(layer, nn.ReLU)]
+        assert self._ends[-1] == len(self.layers), "a tower must end with an activation"
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return len(self._ends) - 1
 
-    def run(self, x: torch.Tensor, start: int = 0, stop: Optional[int] = None) -> torch.Tensor:
-        """Feature (N, C, H, W) in front of block ``start`` to the feature behind block ``stop - 1``."""
-        for block in self.blocks[start:stop]:
-            x = block(x)
+    @property
+    def end(self) -> Tap:
+        return Tap(len(self))
+
+    def run(self, x: torch.Tensor, start: Tap = Tap(0), stop: Optional[Tap] = None) -> torch.Tensor:
+        """Feature (N, C, H, W) at the tap ``start`` to that at ``stop``, by default the tower's end."""
+        for layer in self.layers[self._depth(start) : self._depth(stop or self.end)]:
+            x = layer(x)
         return x
+
+    def _depth(self, tap: Tap) -> int:
+        """Number of layers in front of a tap."""
+        return self._ends[tap.position] - (not tap.activated)
 
     def out_channels(self, position: int) -> int:
         """Channels behind ``position`` >= 1 blocks."""
-        return next(m for m in self.blocks[position - 1] if isinstance(m, nn.Conv2d)).out_channels
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Targets of a batch of dense predictions, R locations x anchors over all levels.
-
-    Attributes:
-        labels: (N, R) class index; ``num_classes`` = background, -1 = no classification loss.
-        boxes: (N, R, 4) XYXY box matched to each anchor; meaningful where the label is a foreground class.
-        num_classes: number of foreground classes.
-    """
-
-    labels: torch.Tensor
-    boxes: torch.Tensor
-    num_classes: int
-
-    @property
-    def valid(self) -> torch.Tensor:
-        """(N, R) bool: anchors that take part in classification."""
-        return self.labels >= 0
-
-    @property
-    def foreground(self) -> torch.Tensor:
-        """(N, R) bool: positive anchors."""
-        return self.valid & (self.labels < self.num_classes)
-
-    @property
-    def normalizer(self) -> torch.Tensor:
-        """Number of positive anchors of the batch, where an image without any counts as one (OpenMMLab's)."""
-        return self.foreground.sum(dim=1).clamp(min=1).sum()
+        block = self.layers[self._ends[position - 1] : self._ends[position]]
+        return next(layer for layer in block if isinstance(layer, nn.Conv2d)).out_channels
 
 
 class StagedDetector:
@@ -132,7 +129,7 @@ class StagedDetector:
         Args:
             images: the preprocessed batch.
             gt_instances: ground truth, one entry an image; needed by assignment and losses only.
-            taps: branch name -> tower positions to keep.
+            taps: branch name -> places in its tower whose features are kept.
             frozen: compute every stage without gradient.
         """
         raise NotImplementedError
@@ -172,10 +169,18 @@ class StagedDense(StagedDetector):
     Attributes:
         towers: branch name -> :class:`Tower`.
         predictors: output name -> (branch, prediction layer), in the order in which the head returns them.
+        reg_max: last bin of each side's distribution; None if boxes are not predicted as distributions.
+        assigns_points: whether locations are assigned by where they lie in a box, not by anchors.
+        averages_normalizer: whether its losses are divided by a mean over the processes.
+        atss_topk: candidates a level of a box, for its ATSS threshold.
     """
 
     towers: Dict[str, Tower]
     predictors: Dict[str, Tuple[str, nn.Module]]
+    reg_max: Optional[int] = None
+    assigns_points = False
+    averages_normalizer = True
+    atss_topk = 9
 
     @property
     def num_classes(self) -> int:
@@ -195,8 +200,8 @@ class StagedDense(StagedDetector):
             return self.towers[branch].out_channels(position)
         return next(iter(self.feature_shapes().values())).channels
 
-    def predict(self, output: str, feature: torch.Tensor) -> torch.Tensor:
-        """Apply one prediction layer to the end of its tower: (N, C, H, W) -> (N, A*K, H, W)."""
+    def predict(self, output: str, feature: torch.Tensor, level: int) -> torch.Tensor:
+        """Apply one prediction layer to the end of its tower on a level: (N, C, H, W) -> (N, A*K, H, W)."""
         _, layer = self.predictors[output]
         return layer(feature)
 
@@ -207,11 +212,21 @@ class StagedDense(StagedDetector):
         labels, boxes = self.model.label_anchors(anchors, gt_instances)
         return Assignment(torch.stack(labels), torch.stack(boxes), self.num_classes)
 
+    def valid_anchors(
+        self, anchors: List[Boxes], gt_instances: List[Instances]
+    ) -> Optional[torch.Tensor]:
+        """(N, R) bool, False for anchors that only see padding; None if the detector makes no difference."""
+        return None
+
     def losses(
         self, anchors: List[Boxes], outputs: Dict[str, List[torch.Tensor]], assignment: Assignment
     ) -> Dict[str, torch.Tensor]:
         """The detector's losses; ``outputs`` are per level (N, H*W*A, K)."""
         raise NotImplementedError
+
+    def class_scores(self, outputs: Dict[str, torch.Tensor]) -> torch.Tensor:
+        """Class probabilities (..., K) of outputs (..., K); no centerness in them."""
+        return outputs["logits"].sigmoid()
 
     def decode(self, anchors: List[Boxes], deltas: torch.Tensor) -> torch.Tensor:
         """Boxes (N, R, 4) XYXY in pixels from deltas (N, R, 4) of all levels, not clipped."""
@@ -229,29 +244,29 @@ class DenseRun(Run):
     staged: StagedDense
 
     @stage
-    def taps(self) -> Dict[str, Dict[int, List[torch.Tensor]]]:
-        """branch -> position -> per level (N, C, H, W); the last position of each branch is always there."""
+    def taps(self) -> Dict[str, Dict[Tap, List[torch.Tensor]]]:
+        """branch -> place -> per level (N, C, H, W); the end of each tower is always there."""
         features = list(self.features.values())
-        taps: Dict[str, Dict[int, List[torch.Tensor]]] = {}
+        taps: Dict[str, Dict[Tap, List[torch.Tensor]]] = {}
         for branch, tower in self.staged.towers.items():
-            wanted = sorted(self.wanted_taps.get(branch, frozenset()) | {len(tower)})
-            kept: Dict[int, List[torch.Tensor]] = {position: [] for position in wanted}
+            wanted = sorted(self.wanted_taps.get(branch, frozenset()) | {tower.end})
+            kept: Dict[Tap, List[torch.Tensor]] = {tap: [] for tap in wanted}
             # Level by level: norms that cycle over the levels count the calls.
             for x in features:
-                done = 0
-                for position in wanted:
-                    x = tower.run(x, done, position)
-                    kept[position].append(x)
-                    done = position
+                done = Tap(0)
+                for tap in wanted:
+                    x = tower.run(x, done, tap)
+                    kept[tap].append(x)
+                    done = tap
             taps[branch] = kept
         return taps
 
     @stage
     def predictions(self) -> Dict[str, List[torch.Tensor]]:
         """Output name -> per level raw predictions (N, A*K, H, W)."""
-        ends = {branch: self.taps[branch][len(tower)] for branch, tower in self.staged.towers.items()}
+        ends = {branch: self.taps[branch][tower.end] for branch, tower in self.staged.towers.items()}
         return {
-            output: [self.staged.predict(output, feature) for feature in ends[branch]]
+            output: [self.staged.predict(output, feature, level) for level, feature in enumerate(ends[branch])]
             for output, (branch, _) in self.staged.predictors.items()
         }
 
@@ -264,6 +279,16 @@ class DenseRun(Run):
     def anchors(self) -> List[Boxes]:
         """Per level, H*W*A boxes."""
         return self.staged.anchors(list(self.features.values()))
+
+    @stage
+    def truth(self) -> GroundTruth:
+        """The ground truth of the batch, padded."""
+        return GroundTruth.from_instances(self.gt_instances)
+
+    @stage
+    def valid_anchors(self) -> Optional[torch.Tensor]:
+        """(N, R) bool, see :meth:`StagedDense.valid_anchors`."""
+        return self.staged.valid_anchors(self.anchors, self.gt_instances)
 
     @stage
     def assignment(self) -> Assignment:

@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from d2_distill.config import get_distill_cfg
+from d2_distill.staged import StagedDetector, Tap, Taps
 from d2_distill.student import build_student
 
 from .golden.cases import fill_parameters
@@ -39,7 +40,17 @@ _DENSE = {
     "FCOS.IN_FEATURES": ["p3", "p4", "p5"],
     "FCOS.NUM_CONVS": 2,
     "FCOS.SCORE_THRESH_TEST": 0.05,
+    "FCOS.SIZES_OF_INTEREST": [32, 64],
+    "ATSS.NUM_CLASSES": NUM_CLASSES,
+    "ATSS.IN_FEATURES": ["p3", "p4", "p5"],
+    "ATSS.NUM_CONVS": 2,
+    "ATSS.ANCHOR_SCALE": 4,
+    "GFL.NUM_CLASSES": NUM_CLASSES,
+    "GFL.IN_FEATURES": ["p3", "p4", "p5"],
+    "GFL.NUM_CONVS": 2,
+    "GFL.ANCHOR_SCALE": 4,
 }
+_DISTRIBUTIONS = {"FCOS.REG_MAX": 16, "ATSS.REG_MAX": 16, "RETINANET.REG_MAX": 16, "RETINANET.BBOX_REG_LOSS_TYPE": "giou"}
 _RCNN = {
     "ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [96]],
     "RPN.IN_FEATURES": ["p2", "p3", "p4", "p5"],
@@ -59,6 +70,13 @@ CASES: Dict[str, Tuple[str, Dict[str, Any]]] = {
     "RetinaNet BN": ("Base-RetinaNet.yaml", {**_DENSE, "RETINANET.NORM": "BN", "RESNETS.NORM": "BN"}),
     "OpenMMLabRetinaNet": ("Base-RetinaNet.yaml", _DENSE),
     "FCOS": ("Base-RetinaNet.yaml", _DENSE),
+    "OpenMMLabRetinaNet distributions": ("Base-RetinaNet.yaml", {**_DENSE, **_DISTRIBUTIONS}),
+    "OpenMMLabFCOS": ("Base-RetinaNet.yaml", {**_DENSE, "FCOS.DISTANCES": "exp", "FCOS.CENTERNESS_ON": "cls"}),
+    "OpenMMLabFCOS distributions": ("Base-RetinaNet.yaml", {**_DENSE, **_DISTRIBUTIONS}),
+    "ATSS": ("Base-RetinaNet.yaml", _DENSE),
+    "ATSS distributions": ("Base-RetinaNet.yaml", {**_DENSE, **_DISTRIBUTIONS}),
+    "GFL": ("Base-RetinaNet.yaml", _DENSE),
+    "GFLv2": ("Base-RetinaNet.yaml", _DENSE),
     "GeneralizedRCNN": ("Base-RCNN-FPN.yaml", _RCNN),
 }
 RETINANETS = [case for case in CASES if "RetinaNet" in case]
@@ -108,7 +126,8 @@ def distiller_cfg(
         "META_ARCHITECTURE": "Distiller",
         "DISTILL__STUDENT": case.split()[0],
         "DISTILL__METHODS": tuple(methods),
-        "DISTILL__CROSSKD__TAP": 1,
+        "DISTILL__CROSSKD__CLS_TAP": 1,
+        "DISTILL__CROSSKD__BOX_TAP": 1,
     }
     if teacher is not None:
         node["DISTILL__TEACHER__CONFIG_FILE"] = teacher.config_file
@@ -118,8 +137,17 @@ def distiller_cfg(
 
 def allowed_methods(case: str, teacher_case: str) -> List[str]:
     """The methods that serve a student and a teacher of these cases."""
-    crosskd = ["CrossKD"] if {case, teacher_case} <= set(RETINANETS) else []
-    return crosskd + ["FeatureImitation", "PKD"]
+    crosskd = ["CrossKD"] if "GeneralizedRCNN" not in (case, teacher_case) else []
+    crosskd_roi = ["CrossKDRoI"] if case == teacher_case == "GeneralizedRCNN" else []
+    return crosskd + crosskd_roi + ["FeatureImitation", "PKD"]
+
+
+def all_taps(staged: StagedDetector) -> Taps:
+    """Every place in the towers of a detector."""
+    return {
+        branch: frozenset({Tap(0), *(Tap(k + 1, behind) for k in range(len(tower)) for behind in (False, True))})
+        for branch, tower in getattr(staged, "towers", {}).items()
+    }
 
 
 def image_input(height: int, width: int, boxes=(), classes=(), seed: int = 0) -> Dict[str, Any]:

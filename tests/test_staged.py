@@ -11,10 +11,11 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from d2_distill.detectors import OneStageDetector
 from d2_distill.errors import UserError
-from d2_distill.staged import StagedDense, Tower, list_staged, stage, stage_detector
+from d2_distill.staged import StagedDense, Tap, Tower, list_staged, stage, stage_detector
 
-from .small_detectors import CASES, batch, build, detector_cfg
+from .small_detectors import CASES, all_taps, batch, build, detector_cfg
 
 DENSE = [case for case in CASES if case != "GeneralizedRCNN"]
 
@@ -40,11 +41,6 @@ def start(staged, **kwargs):
     return staged.run(staged.preprocess(inputs), [x["instances"] for x in inputs], **kwargs)
 
 
-def all_taps(staged):
-    towers = getattr(staged, "towers", {})
-    return {branch: frozenset(range(len(tower) + 1)) for branch, tower in towers.items()}
-
-
 def read_all(run) -> dict:
     """Every stage of the run, by name."""
     names = [name for name in dir(type(run)) if isinstance(getattr(type(run), name), stage)]
@@ -58,7 +54,16 @@ def tensors_in(value) -> list:
         value = list(value.values())
     elif not isinstance(value, (list, tuple)):  # Boxes, Instances, Assignment
         value = list((value.get_fields() if hasattr(value, "get_fields") else vars(value)).values())
-    return [tensor for part in value if not isinstance(part, (int, float)) for tensor in tensors_in(part)]
+    parts = [part for part in value if part is not None and not isinstance(part, (int, float))]
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def final_scores(staged: StagedDense, outputs) -> torch.Tensor:
+    """What the detector ranks its detections by, (..., num_classes)."""
+    scores = staged.class_scores(outputs)[..., : staged.num_classes]
+    if isinstance(staged.model, OneStageDetector):
+        return staged.model.final_scores(scores, outputs)
+    return (scores * outputs["centerness"].sigmoid()).sqrt() if "centerness" in outputs else scores
 
 
 def seeded(compute):
@@ -155,29 +160,32 @@ def test_feature_shapes(model):
 
 
 def test_taps_are_pieces_of_the_tower(dense):
-    """Against the head's own layers: behind k blocks is behind the k-th activation."""
+    """Against the head's own layers: behind k blocks is behind the k-th activation, or just in front of it."""
     subnets = {"cls": dense.model.head.cls_subnet, "box": dense.model.head.bbox_subnet}
     assert set(dense.towers) == set(subnets)
     run = start(dense, taps=all_taps(dense), frozen=True)
     features = list(run.features.values())
     for branch, subnet in subnets.items():
         tower = dense.towers[branch]
-        ends = [0] + [index + 1 for index, layer in enumerate(subnet) if isinstance(layer, nn.ReLU)]
-        assert len(tower) == len(ends) - 1 == 2
-        for position, end in enumerate(ends):
+        activations = [index for index, layer in enumerate(subnet) if isinstance(layer, nn.ReLU)]
+        assert len(tower) == len(activations) == 2
+        ends = {Tap(0): 0, **{Tap(k, False): index for k, index in enumerate(activations, start=1)}}
+        ends.update({Tap(k): index + 1 for k, index in enumerate(activations, start=1)})
+        assert set(run.taps[branch]) == set(ends)
+        for tap, end in ends.items():
             # A per-level norm takes its levels in turn, so each piece runs over all of them.
             front = [subnet[:end](x) for x in features]
-            for kept, x in zip(run.taps[branch][position], front):
-                assert torch.equal(kept, x) and x.shape[1] == dense.tap_channels(branch, position)
-            whole = [tower.run(x, position) for x in front]
-            assert all(torch.equal(x, y) for x, y in zip(whole, run.taps[branch][len(tower)]))
-            assert all(torch.equal(tower.run(x, 0, position), y) for x, y in zip(features, front))
+            for kept, x in zip(run.taps[branch][tap], front):
+                assert torch.equal(kept, x) and x.shape[1] == dense.tap_channels(branch, tap.position)
+            whole = [tower.run(x, tap) for x in front]
+            assert all(torch.equal(x, y) for x, y in zip(whole, run.taps[branch][tower.end]))
+            assert all(torch.equal(tower.run(x, stop=tap), y) for x, y in zip(features, front))
 
 
 def test_only_wanted_taps_are_kept(dense):
-    assert all(list(positions) == [2] for positions in start(dense, frozen=True).taps.values())
-    taps = start(dense, taps={"box": frozenset({0})}, frozen=True).taps
-    assert {branch: list(positions) for branch, positions in taps.items()} == {"cls": [2], "box": [0, 2]}
+    assert all(list(taps) == [Tap(2)] for taps in start(dense, frozen=True).taps.values())
+    taps = start(dense, taps={"box": frozenset({Tap(0)})}, frozen=True).taps
+    assert {branch: list(kept) for branch, kept in taps.items()} == {"cls": [Tap(2)], "box": [Tap(0), Tap(2)]}
 
 
 def test_a_tower_ends_with_an_activation():
@@ -188,7 +196,9 @@ def test_a_tower_ends_with_an_activation():
 def test_outputs_are_in_the_order_of_the_anchors(dense):
     """Cell by cell, row by row, and within a cell anchor by anchor."""
     run, strides = start(dense, frozen=True), [shape.stride for shape in dense.feature_shapes().values()]
-    widths = {"logits": 3, "deltas": 4, "centerness": 1}
+    # GFLv2 has one class output too many.
+    box_dim = dense.model.box_coder.box_dim if isinstance(dense.model, OneStageDetector) else 4
+    widths = {"logits": 4 if dense.kind == "GFLv2" else 3, "deltas": box_dim, "centerness": 1}
     assert set(run.outputs) == set(dense.predictors) <= set(widths)
     for level, (anchors, stride) in enumerate(zip(run.anchors, strides)):
         side = 96 // stride
@@ -200,6 +210,7 @@ def test_outputs_are_in_the_order_of_the_anchors(dense):
         torch.testing.assert_close(centers, expected)
         for name, flat in run.outputs.items():
             width, maps = widths[name], run.predictions[name][level]
+            assert maps.shape[1] == per_cell * width
             slow = torch.stack([maps[:, a * width : (a + 1) * width, y, x] for y, x, a in cells], dim=1)
             assert torch.equal(flat[level], slow), name
 
@@ -208,9 +219,7 @@ def test_decoded_outputs_contain_the_detections(dense):
     """Each detection of the model's own inference is one of the decoded boxes, with its score and class."""
     run = start(dense, frozen=True)
     outputs = {name: torch.cat(levels, dim=1) for name, levels in run.outputs.items()}
-    scores = outputs["logits"].sigmoid()
-    if "centerness" in outputs:
-        scores = (scores * outputs["centerness"].sigmoid()).sqrt()
+    scores = final_scores(dense, outputs)
     decoded = dense.decode(run.anchors, outputs["deltas"])
     for index, (detections, size) in enumerate(zip(dense.model(batch()), run.images.image_sizes)):
         detections = detections["instances"]
@@ -223,5 +232,6 @@ def test_decoded_outputs_contain_the_detections(dense):
 
 
 def test_a_detector_without_adapter_is_refused():
-    with pytest.raises(UserError, match="Linear cannot be distilled.*FCOS, GeneralizedRCNN, RetinaNet"):
+    names = "ATSS, FCOS, GFL, GFLv2, GeneralizedRCNN, OpenMMLabFCOS, OpenMMLabRetinaNet, RetinaNet"
+    with pytest.raises(UserError, match=f"Linear cannot be distilled.*choose one of {names} as"):
         stage_detector(nn.Linear(1, 1))

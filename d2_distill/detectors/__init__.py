@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
-from .fcos import FCOS
+from ..staged import register_staged
+from .atss import ATSS
+from .fcos import FCOS, OpenMMLabFCOS
+from .gfl import GFL, GFLv2
+from .one_stage import OneStageDetector, StagedOneStage
 from .openmmlab_retinanet import OpenMMLabRetinaNet
 from .stock import StagedFCOS, StagedRCNN, StagedRetinaNet
 
-__all__ = ["FCOS", "OpenMMLabRetinaNet", "StagedFCOS", "StagedRCNN", "StagedRetinaNet"]
+for _model_class in (ATSS, GFL, GFLv2, OpenMMLabFCOS, OpenMMLabRetinaNet):
+    register_staged(_model_class)(StagedOneStage)
+
+__all__ = [
+    "ATSS",
+    "FCOS",
+    "GFL",
+    "GFLv2",
+    "OneStageDetector",
+    "OpenMMLabFCOS",
+    "OpenMMLabRetinaNet",
+    "StagedFCOS",
+    "StagedOneStage",
+    "StagedRCNN",
+    "StagedRetinaNet",
+]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
 from ..staged import Assignment, Run, StagedDense, StagedDetector, Tower, register_staged, stage
 
@@ -17,6 +17,8 @@ from ..staged import Assignment, Run, StagedDense, StagedDetector, Tower, regist
 @register_staged(RetinaNet)
 class StagedRetinaNet(StagedDense):
     """RetinaNet and its subclasses; outputs ``logits`` (K per anchor) and ``deltas`` (4)."""
+
+    averages_normalizer = False
 
     def __init__(self, model: RetinaNet) -> None:
         super().__init__(model)
@@ -33,6 +35,9 @@ class StagedRetinaNet(StagedDense):
 @register_staged(FCOS)
 class StagedFCOS(StagedRetinaNet):
     """FCOS; one anchor a location, and ``centerness`` on the box tower."""
+
+    assigns_points = True
+    averages_normalizer = True
 
     def __init__(self, model: FCOS) -> None:
         super().__init__(model)
@@ -57,6 +62,22 @@ class StagedRCNN(StagedDetector):
         shapes = self.model.backbone.output_shape()
         return dict(sorted(shapes.items(), key=lambda item: item[1].stride))
 
+    def predict_regions(
+        self, features: Dict[str, torch.Tensor], boxes: List[Boxes]
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The box head of StandardROIHeads on the R boxes of all images.
+
+        Args:
+            features: (N, C, H, W) of each name that the head reads; they may be another detector's.
+            boxes: per image, in pixels of the batch.
+
+        Returns:
+            class logits (R, K + 1), background last, and box deltas (R, 4K), or (R, 4) if they are class-agnostic.
+        """
+        heads = self.model.roi_heads
+        pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
+        return heads.box_predictor(heads.box_head(pooled))
+
     def run(self, images, gt_instances=None, *, taps=None, frozen=False) -> "RCNNRun":
         return RCNNRun(self, images, gt_instances, taps or {}, frozen)
 
@@ -74,7 +95,15 @@ class RCNNRun(Run):
         return self._rpn[0]
 
     @stage
-    def losses(self) -> Dict[str, torch.Tensor]:
+    def _rois(self):
         roi_heads = self.staged.model.roi_heads
-        _, roi_losses = roi_heads(self.images, self.features, self.proposals, self.gt_instances)
-        return {**roi_losses, **self._rpn[1]}
+        return roi_heads(self.images, self.features, self.proposals, self.gt_instances)
+
+    @property
+    def sampled_proposals(self) -> List[Instances]:
+        """Per image, in training: the proposals that the losses of StandardROIHeads are on, with ``gt_classes``."""
+        return self._rois[0]
+
+    @stage
+    def losses(self) -> Dict[str, torch.Tensor]:
+        return {**self._rois[1], **self._rpn[1]}

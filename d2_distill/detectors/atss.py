@@ -1,0 +1,56 @@
+"""ATSS: one anchor a location, positives by statistics of the overlaps."""
+
+from __future__ import annotations
+
+from typing import Any, Dict
+
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from ..assigners import Assignment, ATSSAssigner
+from .box_coders import DeltaCoder, DistributionCoder
+from .focal import CenternessDetector
+from .head import TowerHead
+from .one_stage import build_box_loss, common_arguments, square_anchors
+
+
+@META_ARCH_REGISTRY.register()
+class ATSS(CenternessDetector):
+    """ATSS (Zhang et al., CVPR 2020, arXiv 1912.02424), configured by ``MODEL.ATSS``.
+
+    With ``MODEL.ATSS.REG_MAX`` above 0 it predicts distributions instead of deltas, as localisation
+    distillation needs; they are trained through their mean alone.
+    """
+
+    @configurable
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg) -> Dict[str, Any]:
+        node = cfg.MODEL.ATSS
+        arguments, input_shape = common_arguments(cfg, "ATSS")
+        coder = DistributionCoder(node.REG_MAX) if node.REG_MAX else DeltaCoder(node.BBOX_REG_WEIGHTS)
+        return {
+            **arguments,
+            "head": TowerHead(
+                input_shape=input_shape,
+                num_scores=node.NUM_CLASSES,
+                box_dim=coder.box_dim,
+                conv_dims=[input_shape[0].channels] * node.NUM_CONVS,
+                norm=node.NORM,
+                prior_prob=node.PRIOR_PROB,
+                centerness_on="box",
+            ),
+            "anchor_generator": square_anchors(input_shape, scale=node.ANCHOR_SCALE, offset=0.0),
+            "assigner": ATSSAssigner(node.ATSS_TOPK),
+            "box_coder": coder,
+            "box_loss": build_box_loss(node.BOX_LOSS, "MODEL.ATSS.BOX_LOSS"),
+            "box_loss_weight": node.BOX_LOSS_WEIGHT,
+            "normalizer_floor": node.NORMALIZER_FLOOR,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+        }
+
+    def num_positives(self, assignment: Assignment):
+        return assignment.normalizer

@@ -1,0 +1,136 @@
+"""The head of one-stage detectors: two towers shared by all levels, and the layers that predict from them."""
+
+from __future__ import annotations
+
+import math
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from detectron2.layers import ShapeSpec, get_norm
+from torch import nn
+
+
+class Scale(nn.Module):
+    """A learned factor, one a level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+class TowerHead(nn.Module):
+    """RetinaNet's, FCOS's, ATSS's and GFL's head; modules are named as in Detectron2's RetinaNetHead.
+
+    Args:
+        input_shape: of each level; all have the same channels.
+        num_scores: class scores of an anchor.
+        box_dim: box outputs of an anchor.
+        num_anchors: anchors of a cell.
+        conv_dims: channels of each tower block.
+        norm: norm of the tower blocks, a name or a function, see ``detectron2.layers.get_norm``.
+        tower_bias: whether the tower's convolutions have a bias.
+        prior_prob: class probability at initialisation (focal loss, arXiv 1708.02002).
+        centerness_on: tower on which centerness is predicted, "cls" or "box"; None for no centerness.
+        use_scale: whether each level has a learned factor on its box outputs.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: List[ShapeSpec],
+        num_scores: int,
+        box_dim: int,
+        num_anchors: int = 1,
+        conv_dims: List[int],
+        norm="",
+        tower_bias: bool = False,
+        prior_prob: float = 0.01,
+        centerness_on: Optional[str] = None,
+        use_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        in_channels = input_shape[0].channels
+        self.cls_subnet = _tower(in_channels, conv_dims, norm, tower_bias)
+        self.bbox_subnet = _tower(in_channels, conv_dims, norm, tower_bias)
+        channels = conv_dims[-1] if conv_dims else in_channels
+        self.cls_score = nn.Conv2d(channels, num_anchors * num_scores, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(channels, num_anchors * box_dim, 3, padding=1)
+        self.centerness_on = centerness_on
+        if centerness_on:
+            self.ctrness = nn.Conv2d(channels, num_anchors, 3, padding=1)
+        self.scales = nn.ModuleList(Scale() for _ in input_shape) if use_scale else None
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
+
+    @property
+    def predictors(self) -> Dict[str, Tuple[str, nn.Module]]:
+        """Output name -> (tower, layer), in the order in which ``forward`` returns the outputs."""
+        predictors = {"logits": ("cls", self.cls_score), "deltas": ("box", self.bbox_pred)}
+        if self.centerness_on:
+            predictors["centerness"] = (self.centerness_on, self.ctrness)
+        return predictors
+
+    def predict(self, output: str, feature: torch.Tensor, level: int) -> torch.Tensor:
+        """The end of a tower (N, C, H, W) to one output of a level (N, A * K, H, W)."""
+        _, layer = self.predictors[output]
+        if output == "deltas" and self.scales is not None:
+            return self.scales[level](layer(feature))
+        return layer(feature)
+
+    def forward(self, features: List[torch.Tensor]) -> List[List[torch.Tensor]]:
+        """Maps (N, C, H, W), one a level, to raw maps of each output, one a level."""
+        ends = {
+            "cls": [self.cls_subnet(x) for x in features],
+            "box": [self.bbox_subnet(x) for x in features],
+        }
+        return [
+            [self.predict(output, x, level) for level, x in enumerate(ends[tower])]
+            for output, (tower, _) in self.predictors.items()
+        ]
+
+
+class QualityHead(TowerHead):
+    """GFLv2's head: the class scores are multiplied by a quality that is read off the box distributions.
+
+    Args:
+        reg_max: last bin of each edge's distribution.
+        quality_topk: highest probabilities of each edge that the quality sees, besides their mean.
+        quality_channels: hidden channels.
+        kwargs: of :class:`TowerHead`.
+    """
+
+    def __init__(self, *, reg_max: int, quality_topk: int, quality_channels: int, **kwargs) -> None:
+        super().__init__(box_dim=4 * (reg_max + 1), **kwargs)
+        self.reg_max = reg_max
+        self.quality_topk = quality_topk
+        self.reg_conf = nn.Sequential(
+            nn.Linear(4 * (quality_topk + 1), quality_channels), nn.ReLU(), nn.Linear(quality_channels, 1)
+        )
+        for layer in (self.reg_conf[0], self.reg_conf[2]):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def quality(self, deltas: torch.Tensor) -> torch.Tensor:
+        """Box logits (..., 4 * (reg_max + 1)) to qualities (..., 1); gradient flows to the boxes."""
+        probabilities = deltas.unflatten(-1, (4, self.reg_max + 1)).softmax(dim=-1)
+        highest = probabilities.topk(self.quality_topk, dim=-1).values
+        statistics = torch.cat([highest, highest.mean(dim=-1, keepdim=True)], dim=-1)
+        return self.reg_conf(statistics.flatten(start_dim=-2)).sigmoid()
+
+
+def _tower(in_channels: int, conv_dims: List[int], norm, bias: bool) -> nn.Sequential:
+    layers: List[nn.Module] = []
+    for out_channels in conv_dims:
+        layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias))
+        if norm:
+            layers.append(get_norm(norm, out_channels))
+        layers.append(nn.ReLU())
+        in_channels = out_channels
+    return nn.Sequential(*layers)
