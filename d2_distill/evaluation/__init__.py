@@ -1,1 +1,1 @@
-"""Measures of a model beside its accuracy."""
+"""Measures of a model: Pascal VOC accuracy, size and cost."""
