@@ -6,8 +6,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
-from . import backbones, detectors  # noqa: F401  registers the project's backbones and meta-architectures
+from . import detectors  # noqa: F401  registers the project's meta-architectures
+from .backbones import fix_statistics
 from .errors import UserError
+from .postprocess import select_nms
 
 DISTILLER = "Distiller"
 
@@ -27,7 +29,8 @@ def build_student(cfg: CfgNode) -> nn.Module:
     """Build the detector without teacher, methods or adapters, on ``MODEL.DEVICE``, weights not loaded.
 
     Raises:
-        UserError: its meta-architecture is unknown.
+        UserError: its meta-architecture is unknown, or a key asks for what its backbone does not have,
+            or ``TEST.NMS`` for what the detector cannot do.
     """
     key = "MODEL.DISTILL.STUDENT" if cfg.MODEL.META_ARCHITECTURE == DISTILLER else "MODEL.META_ARCHITECTURE"
     cfg = student_config(cfg)
@@ -35,13 +38,17 @@ def build_student(cfg: CfgNode) -> nn.Module:
     if name == DISTILLER or name not in META_ARCH_REGISTRY:
         known = sorted(entry for entry, _ in META_ARCH_REGISTRY if entry != DISTILLER)
         raise UserError(f"{key} is {name!r}, which is no detector; choose one of {', '.join(known)}.")
-    return build_model(cfg)
+    model = build_model(cfg)
+    if cfg.MODEL.BACKBONE.FIXED_BN_STATISTICS:
+        fix_statistics(model.backbone)
+    select_nms(model, cfg.TEST.NMS)
+    return model
 
 
 def num_classes_key(cfg: CfgNode) -> str:
     """The config key that sets the number of classes of the detector's head."""
     name = student_config(cfg).MODEL.META_ARCHITECTURE
-    for family in ("FCOS", "RETINANET"):
+    for family in ("FCOS", "RETINANET", "ATSS", "GFL"):
         if family in name.upper():
             return f"MODEL.{family}.NUM_CLASSES"
     return "MODEL.ROI_HEADS.NUM_CLASSES"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod, build_methods, list_methods
 from .cross_head import CrossKD
+from .cross_roi import CrossKDRoI
 from .feature_imitation import FeatureImitation
+from .localization import LD
 from .pearson import PKD
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "build_methods",
     "list_methods",
     "CrossKD",
+    "CrossKDRoI",
     "FeatureImitation",
+    "LD",
     "PKD",
 ]

@@ -36,7 +36,7 @@ class DistillMethod(nn.Module):
         self.schedule = schedule
 
     def taps(self) -> Taps:
-        """Tower positions that the method reads from the ``taps`` of both runs: branch -> positions."""
+        """Places in the towers that the method reads from the ``taps`` of both runs, by branch."""
         return {}
 
     def forward(self, student: Run, teacher: Optional[Run]) -> Dict[str, torch.Tensor]:

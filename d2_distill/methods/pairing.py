@@ -64,21 +64,31 @@ def require_teacher(teacher: Optional[Teacher], method: str) -> Teacher:
     return teacher
 
 
-def require_same_outputs(student: StagedDense, teacher: StagedDense, method: str) -> None:
-    """Predictions can be compared one by one: same anchors on the same levels."""
+def require_same_strides(student: StagedDense, teacher: StagedDense, method: str) -> None:
+    """Predictions can be compared location by location."""
     ours = [shape.stride for shape in student.feature_shapes().values()]
     theirs = [shape.stride for shape in teacher.feature_shapes().values()]
     if ours != theirs:
         raise UserError(
             f"{method} compares predictions location by location, but the student's head reads strides "
-            f"{ours} and the teacher's {theirs}; give both the same MODEL.RETINANET.IN_FEATURES."
+            f"{ours} and the teacher's {theirs}; give both heads the same IN_FEATURES."
         )
+
+
+def same_anchors(student: StagedDense, teacher: StagedDense) -> bool:
+    """Whether the anchors of two detectors of the same strides are the same."""
     mine, other = (detector.model.anchor_generator for detector in (student, teacher))
     pairs = zip(mine.cell_anchors, other.cell_anchors)
-    if mine.offset != other.offset or any(a.shape != b.shape or not a.allclose(b) for a, b in pairs):
+    return mine.offset == other.offset and all(a.shape == b.shape and a.allclose(b) for a, b in pairs)
+
+
+def require_same_outputs(student: StagedDense, teacher: StagedDense, method: str) -> None:
+    """Predictions can be compared one by one: same anchors on the same levels."""
+    require_same_strides(student, teacher, method)
+    if not same_anchors(student, teacher):
         raise UserError(
-            f"{method} compares predictions anchor by anchor, but the student's and the teacher's "
-            "MODEL.ANCHOR_GENERATOR differ; make them equal."
+            f"{method} compares predictions anchor by anchor, but the anchors of the student ({student.kind}) and the "
+            f"teacher ({teacher.kind}) differ; make their MODEL.ANCHOR_GENERATOR or ANCHOR_SCALE equal."
         )
 
 
@@ -90,7 +100,8 @@ def require_same_classes(
     if ours != theirs:
         raise UserError(
             f"{method} compares class scores, but the student has {ours} classes and the teacher {theirs}; "
-            "train the teacher on the student's classes, or use PKD or FeatureImitation, which need none."
+            "train the teacher on the student's classes, or use PKD or FeatureImitation of REGION 'whole', which "
+            "need none."
         )
     if student_classes and teacher.classes and list(student_classes) != list(teacher.classes):
         pairs = enumerate(zip_longest(student_classes, teacher.classes))

@@ -24,7 +24,7 @@ def teacher():
 
 def test_in_the_order_of_the_config(student, teacher):
     names = ["PKD", "CrossKD", "FeatureImitation"]
-    assert sorted(names) == list_methods()
+    assert set(names) < set(list_methods())
     methods = build_methods(distiller_cfg("RetinaNet", None, names), student, teacher)
     assert list(methods) == names
     assert [list(method.weights.values()) for method in methods.values()] == [[2.0], [1.0, 1.0], [1.0]]
@@ -38,7 +38,7 @@ def test_methods_that_are_switched_off_are_left_out(student, teacher):
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["PKD", "CrossKDD"], "MODEL.DISTILL.METHODS has the unknown 'CrossKDD'; choose from CrossKD, Fea"),
+        (["PKD", "CrossKDD"], "MODEL.DISTILL.METHODS has the unknown 'CrossKDD'; choose from CrossKD, .*, LD, PKD"),
         (["PKD", "CrossKD", "PKD"], "MODEL.DISTILL.METHODS has 'PKD' twice"),
     ],
 )

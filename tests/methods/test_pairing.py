@@ -8,7 +8,7 @@ import torch
 from d2_distill.errors import UserError
 from d2_distill.methods import build_methods
 from d2_distill.methods.pairing import FeaturePair, pair_features, require_same_classes
-from d2_distill.staged import stage_detector
+from d2_distill.staged import Tap, stage_detector
 from d2_distill.teacher import Teacher
 
 from ..small_detectors import batch, build, detector_cfg, distiller_cfg
@@ -42,36 +42,36 @@ RETINANET, FCOS, RCNN = ("RetinaNet", {}), ("FCOS", {}), ("GeneralizedRCNN", {})
 @pytest.mark.parametrize(
     "student, teacher, overrides, message",
     [
-        (FCOS, RETINANET, {}, "cannot use the student FCOS .student FCOS, teacher RetinaNet.; both must be"),
+        (RCNN, FCOS, {}, "cannot use the student GeneralizedRCNN .*teacher FCOS.; both must be one-stage"),
         (RETINANET, RCNN, {}, "cannot use the teacher GeneralizedRCNN .student RetinaNet, teacher General"),
         (RETINANET, ("RetinaNet", TWO_LEVELS), {}, r"student's head reads strides \[8, 16, 32\] .*\[8, 16\]"),
+        (RETINANET, RETINANET, {"DISTILL__CROSSKD__CLS_TAP": 3}, "CLS_TAP is 3; .*must lie between 0 and 2"),
+        (RETINANET, RETINANET, {"DISTILL__CROSSKD__BOX_TAP": -1}, "BOX_TAP is -1; .*must lie between 0 and 2"),
         (
-            RETINANET, ("RetinaNet", {"ANCHOR_GENERATOR__SIZES": [[16, 24], [32, 48], [64, 90]]}), {},
-            "student's and the teacher's MODEL.ANCHOR_GENERATOR differ",
-        ),
-        (
-            RETINANET, ("RetinaNet", {"ANCHOR_GENERATOR__SIZES": [[16], [32], [64]]}), {},
-            "student's and the teacher's MODEL.ANCHOR_GENERATOR differ",
-        ),
-        (
-            RETINANET, ("RetinaNet", {"ANCHOR_GENERATOR__OFFSET": 0.5}), {},
-            "student's and the teacher's MODEL.ANCHOR_GENERATOR differ",
-        ),
-        (
-            ("RetinaNet", {"FPN__OUT_CHANNELS": 16}), RETINANET, {},
-            "MODEL.DISTILL.CROSSKD.TAP 1 the student has 16 channels and the teacher 32",
-        ),
-        (RETINANET, RETINANET, {"DISTILL__CROSSKD__TAP": 3}, "TAP is 3; .*must lie between 0 and 2"),
-        (RETINANET, RETINANET, {"DISTILL__CROSSKD__TAP": -1}, "TAP is -1; .*must lie between 0 and 2"),
-        (
-            RETINANET, ("RetinaNet", {"RETINANET__NUM_CONVS": 1}), {"DISTILL__CROSSKD__TAP": 2},
+            RETINANET, ("RetinaNet", {"RETINANET__NUM_CONVS": 1}), {"DISTILL__CROSSKD__CLS_TAP": 2},
             "student's towers have 2 blocks and the teacher's 1 .*must lie between 0 and 1",
         ),
         (
             RETINANET, ("RetinaNet", {"RETINANET__NUM_CLASSES": 5}), {},
             "student has 3 classes and the teacher 5",
         ),
-        (RETINANET, RETINANET, {"DISTILL__CROSSKD__BOX_LOSS": "l1"}, "BOX_LOSS is 'l1'; .* giou, iou"),
+        (RETINANET, RETINANET, {"DISTILL__CROSSKD__BOX_LOSS": "l1"}, "BOX_LOSS is 'l1'; .* auto, kl, giou, iou"),
+        (RETINANET, RETINANET, {"DISTILL__CROSSKD__BOX_LOSS": "kl"}, "'kl', but the teacher .RetinaNet. predicts no"),
+        (RETINANET, RETINANET, {"DISTILL__CROSSKD__TAP_ACTIVATION": "relu"}, "TAP_ACTIVATION is 'relu'; .* post, pre"),
+        (RETINANET, RETINANET, {"DISTILL__CROSSKD__BOX_TEMPERATURE": 0.0}, "BOX_TEMPERATURE is 0.0; it must be pos"),
+        (RETINANET, RETINANET, {"DISTILL__CROSSKD__NORMALIZER_FLOOR": 0.0}, "NORMALIZER_FLOOR is 0.0; it must be p"),
+        (
+            RETINANET, FCOS, {"DISTILL__CROSSKD__CENTERNESS_WEIGHT": 1.0},
+            "CENTERNESS_WEIGHT is not 0, but the student .RetinaNet. predicts no centerness",
+        ),
+        (
+            FCOS, ("GFL", {}), {"DISTILL__CROSSKD__CENTERNESS_WEIGHT": 1.0},
+            "CENTERNESS_WEIGHT is not 0, but the teacher .GFL. predicts no centerness",
+        ),
+        (
+            FCOS, ("ATSS", {}), {"DISTILL__CROSSKD__CENTERNESS_WEIGHT": 1.0},
+            "anchors of the student .FCOS. and the teacher .ATSS. differ, and centerness belongs",
+        ),
         (RETINANET, RETINANET, {"DISTILL__CROSSKD__CLS_BETA": 0.5}, "CLS_BETA is 0.5; it must be at least 1"),
     ],
 )
@@ -86,7 +86,7 @@ def test_pairs_that_crosskd_refuses(student, teacher, overrides, message):
 def test_pairs_of_different_retinanets(student, teacher):
     assert list(methods_of("CrossKD", (student, {}), (teacher, {}))) == ["CrossKD"]
     deeper = (teacher, {"RETINANET__NUM_CONVS": 4})
-    assert methods_of("CrossKD", (student, {}), deeper)["CrossKD"].taps() == {"cls": {1}, "box": {1}}
+    assert methods_of("CrossKD", (student, {}), deeper)["CrossKD"].taps() == {"cls": {Tap(1)}, "box": {Tap(1)}}
 
 
 def test_pkd_needs_equal_channels():

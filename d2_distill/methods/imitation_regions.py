@@ -1,0 +1,132 @@
+"""Which cells of the feature maps are imitated: the regions of :mod:`d2_distill.regions` for a pair of runs.
+
+A cell is a location of a feature map; with several anchors it is in a region if any of them is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Dict, Tuple
+
+import torch
+from detectron2.structures import Boxes
+
+from ..assigners import GroundTruth
+from ..geometry import centers_of
+from ..regions import finegrained_region, general_instance_rows, inside_boxes
+from ..staged import DenseRun, Run
+
+# The student's and the teacher's run -> (N, R) bool, anchors of the student that are in the region; R is the
+# number of cells if it is no dense detector.
+AnchorRegion = Callable[[Run, Run], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ImitationRegion:
+    """
+    Attributes:
+        anchors: finds the anchors of the region.
+        background_weight: of the mean over the cells outside of it; 0 leaves them out.
+    """
+
+    anchors: AnchorRegion
+    background_weight: float = 0.0
+
+    def weights(self, student: Run, teacher: Run) -> Dict[str, torch.Tensor]:
+        """The student's feature name -> (N, H * W) weights, with which a sum over cells is a mean.
+
+        They are 0 on levels without any cell in the region, and without any positive anchor.
+        """
+        inside = self.anchors(student, teacher)
+        valid, positive = _valid_and_positive(student, inside)
+        sizes = [feature.shape[-2:].numel() for feature in student.features.values()]
+        cells = torch.stack([inside & valid, valid, positive]).unflatten(-1, (sum(sizes), -1)).any(dim=-1)
+        levels = zip(student.features, cells.split(sizes, dim=-1))
+        return {name: self._weights(*level) for name, level in levels}
+
+    def _weights(self, inside: torch.Tensor, valid: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
+        weights = inside / inside.sum().clamp(min=1)
+        if self.background_weight:
+            outside = valid & ~inside
+            weights = weights + self.background_weight * outside / outside.sum().clamp(min=1)
+        return weights * (inside.any() & positive.any())
+
+
+def _valid_and_positive(student: Run, like: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """(N, R) bool each; all anchors are where the student does not tell."""
+    everything = torch.ones_like(like)
+    if not isinstance(student, DenseRun):
+        return everything, everything
+    valid = student.valid_anchors
+    return everything if valid is None else valid, student.assignment.foreground
+
+
+def inside_gt(student: Run, teacher: Run) -> torch.Tensor:
+    """Centres strictly inside a ground-truth box: of anchors or, where there are none, of cells."""
+    if isinstance(student, DenseRun):
+        points = centers_of(Boxes.cat(student.anchors).tensor)
+    else:
+        strides = [shape.stride for shape in student.staged.feature_shapes().values()]
+        points = torch.cat([_cell_centers(*level) for level in zip(student.features.values(), strides)])
+    truth = GroundTruth.from_instances(student.gt_instances)
+    return inside_boxes(points, truth.boxes, truth.valid)
+
+
+def _cell_centers(feature: torch.Tensor, stride: int) -> torch.Tensor:
+    """(H * W, 2) XY in pixels."""
+    ys, xs = ((torch.arange(size, device=feature.device) + 0.5) * stride for size in feature.shape[-2:])
+    return torch.cartesian_prod(ys, xs).flip(dims=[-1])
+
+
+def finegrained(student: DenseRun, teacher: Run) -> torch.Tensor:
+    """Anchors near objects, see :func:`~d2_distill.regions.finegrained_region`."""
+    anchors, truth = Boxes.cat(student.anchors).tensor, student.truth
+    return finegrained_region(anchors, truth.boxes, truth.valid, student.valid_anchors)
+
+
+def positives(student: DenseRun, teacher: Run) -> torch.Tensor:
+    """Anchors to which the student's assigner gave an object."""
+    return student.assignment.foreground
+
+
+def general_instances(student: DenseRun, teacher: DenseRun, *, per_image: bool = True) -> torch.Tensor:
+    """Up to 10 anchors a level where student and teacher disagree most about the classes.
+
+    See :func:`~d2_distill.regions.general_instance_rows`.
+
+    Args:
+        per_image: 10 of each image. False: 10 of the batch, and boxes suppress those of other images.
+    """
+    sizes, valid = [len(boxes) for boxes in student.anchors], student.valid_anchors
+    predictions = [x for pair in zip(_scores_and_boxes(student), _scores_and_boxes(teacher)) for x in pair]
+    if valid is not None:
+        # Without a difference in scores padding comes last.
+        predictions[1] = predictions[1].where(valid[..., None], predictions[0])
+    masks = []
+    for level in zip(*(x.split(sizes, dim=1) for x in predictions)):
+        groups = level if per_image else [x.flatten(end_dim=1)[None] for x in level]
+        mask = torch.zeros(groups[0].shape[:2], dtype=torch.bool, device=groups[0].device)
+        for chosen, group in zip(mask, zip(*groups)):
+            chosen[general_instance_rows(*group)] = True
+        masks.append(mask.view(level[0].shape[:2]))
+    return torch.cat(masks, dim=1)
+
+
+def _scores_and_boxes(run: DenseRun) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Class probabilities (N, R, num_classes) and XYXY boxes (N, R, 4) in pixels, without gradient."""
+    # Stages keep what the first access gives: it must not be one without gradient.
+    outputs = {name: torch.cat(levels, dim=1) for name, levels in run.outputs.items()}
+    with torch.no_grad():
+        # GFLv2 has one score more than classes.
+        scores = run.staged.class_scores(outputs)[..., : run.staged.num_classes]
+        return scores, run.staged.decode(run.anchors, outputs["deltas"])
+
+
+# By the name in MODEL.DISTILL.IMITATION.REGION.
+REGIONS: Dict[str, AnchorRegion] = {
+    "inside_gt": inside_gt,
+    "decouple": inside_gt,
+    "finegrained": finegrained,
+    "gibox": general_instances,
+    "main": positives,
+}

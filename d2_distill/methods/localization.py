@@ -1,0 +1,201 @@
+"""LD: the student's box distributions become the teacher's, where boxes are worth locating."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Tuple
+
+import torch
+from detectron2.structures import Boxes
+
+from ..assigners import atss_thresholds
+from ..data.classes import dataset_classes
+from ..errors import UserError
+from ..losses import kd_kl_div_loss
+from ..regions import VALUABLE_OVERLAPS, inside_boxes, valuable_region
+from ..schedules import build_schedule
+from ..staged import DenseRun, StagedDense
+from .base import DISTILL_METHOD_REGISTRY, DistillMethod
+from .pairing import require_same_classes, require_same_outputs, require_teacher
+
+Rows = Tuple[torch.Tensor, torch.Tensor]  # image and anchor index of each row
+
+
+@dataclass(frozen=True)
+class ValuableRegion:
+    """How the valuable localisation region is found, see ``MODEL.DISTILL.LD.VLR``."""
+
+    inside_box: bool
+    gamma: float
+    overlap: str
+    binary: bool
+    exclude_positives: bool
+
+    def values(self, run: DenseRun, confidence: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """(N, R) weight of each anchor, 0 outside of the region.
+
+        Args:
+            run: the student's.
+            confidence: gives the highest class score (N, R) of each anchor.
+        """
+        anchors, truth = Boxes.cat(run.anchors), run.truth
+        if self.inside_box:
+            inside = inside_boxes(anchors.get_centers(), truth.boxes, truth.valid)
+            values = inside if self.binary else inside * confidence()
+        else:
+            level_sizes = [len(boxes) for boxes in run.anchors]
+            thresholds = atss_thresholds(
+                anchors.tensor, level_sizes, truth.boxes, run.valid_anchors, topk=run.staged.atss_topk
+            )
+            values = valuable_region(
+                anchors.tensor, truth.boxes, truth.valid, thresholds, run.valid_anchors, self.gamma, self.overlap
+            )
+            values = values > 0 if self.binary else values
+        if self.inside_box or self.exclude_positives:
+            values = values * ~run.assignment.foreground
+        return values.to(anchors.tensor.dtype)
+
+
+@DISTILL_METHOD_REGISTRY.register()
+class LD(DistillMethod):
+    """Localisation distillation (Zheng et al., CVPR 2022, arXiv 2102.12252; TPAMI 2023, arXiv 2204.05957).
+
+    Every term is a softened Kullback-Leibler divergence between rows of the student's and the teacher's raw
+    outputs, T^2 times its mean over the entries of a row (:func:`~d2_distill.losses.kd_kl_div_loss`):
+
+    - ``loss_ld``: the box distributions of the positive anchors, averaged over the four sides, weighted by the
+      student's highest class score;
+    - ``loss_ld_vlr``: those of the valuable localisation region, weighted by the region's values;
+    - ``loss_kd``, ``loss_kd_vlr``: the class logits of the positives and of the region, averaged over the
+      anchors of a level and summed over the levels.
+
+    The LD terms are sums over the batch; ``reference_images`` frees them of its size.
+
+    Args:
+        temperatures: term name -> T.
+        reference_images: images that the sums are scaled to; 0 leaves them as they are.
+        joint_softmax: one distribution over all box outputs of an anchor, instead of one a side.
+        valuable: how the valuable localisation region is found.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperatures: Dict[str, float],
+        reference_images: int,
+        joint_softmax: bool,
+        valuable: ValuableRegion,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.temperatures = temperatures
+        self.reference_images = reference_images
+        self.joint_softmax = joint_softmax
+        self.valuable = valuable
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
+        node, key = cfg.MODEL.DISTILL.LD, "MODEL.DISTILL.LD"
+        teacher = require_teacher(teacher, "LD")
+        _check_pair(student, teacher.staged, on_boxes=bool(node.MAIN_LD.WEIGHT or node.VLR_LD.WEIGHT))
+        if node.MAIN_KD.WEIGHT or node.VLR_KD.WEIGHT:
+            require_same_classes(student, teacher, dataset_classes(cfg), "LD's MAIN_KD or VLR_KD")
+        for name, value, choices in (
+            ("SOFTMAX", node.SOFTMAX, ("edge", "anchor")),
+            ("VLR.REGION", node.VLR.REGION, ("auto", "overlap", "inside_box")),
+            ("VLR.OVERLAP", node.VLR.OVERLAP, tuple(VALUABLE_OVERLAPS)),
+        ):
+            if value not in choices:
+                raise UserError(f"{key}.{name} is {value!r}; choose from {', '.join(choices)}.")
+        for name in ("MAIN_LD", "VLR_LD", "MAIN_KD", "VLR_KD"):
+            if node[name].TEMPERATURE <= 0:
+                raise UserError(
+                    f"{key}.{name}.TEMPERATURE is {node[name].TEMPERATURE}; it must be positive."
+                )
+        return cls.arguments(node, student)
+
+    @staticmethod
+    def arguments(node, student: StagedDense) -> Dict[str, Any]:
+        """Constructor arguments from a checked ``MODEL.DISTILL.LD``."""
+        terms = {
+            "loss_ld": node.MAIN_LD,
+            "loss_ld_vlr": node.VLR_LD,
+            "loss_kd": node.MAIN_KD,
+            "loss_kd_vlr": node.VLR_KD,
+        }
+        region = node.VLR.REGION
+        return {
+            "temperatures": {term: entry.TEMPERATURE for term, entry in terms.items()},
+            "reference_images": node.REFERENCE_IMAGES,
+            "joint_softmax": node.SOFTMAX == "anchor",
+            "valuable": ValuableRegion(
+                inside_box=student.assigns_points if region == "auto" else region == "inside_box",
+                gamma=node.VLR.GAMMA,
+                overlap=node.VLR.OVERLAP,
+                binary=node.VLR.BINARY,
+                exclude_positives=node.VLR.EXCLUDE_POSITIVES,
+            ),
+            "weights": {term: entry.WEIGHT for term, entry in terms.items()},
+            "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.LD.SCHEDULE"),
+        }
+
+    def forward(self, student: DenseRun, teacher: DenseRun) -> Dict[str, torch.Tensor]:
+        outputs = {name: torch.cat(levels, dim=1) for name, levels in student.outputs.items()}
+        targets = {name: torch.cat(levels, dim=1) for name, levels in teacher.outputs.items()}
+
+        def confidence(rows=slice(None)) -> torch.Tensor:
+            with torch.no_grad():
+                of_rows = {name: output[rows] for name, output in outputs.items()}
+                return student.staged.class_scores(of_rows).amax(dim=-1)
+
+        terms = {}
+        if {"loss_ld", "loss_kd"} & set(self.weights):
+            rows = student.assignment.foreground.nonzero(as_tuple=True)
+            if "loss_ld" in self.weights:
+                terms["loss_ld"] = self._boxes("loss_ld", outputs, targets, rows, confidence(rows))
+            if "loss_kd" in self.weights:
+                terms["loss_kd"] = self._classes("loss_kd", student, outputs, targets, rows)
+        if {"loss_ld_vlr", "loss_kd_vlr"} & set(self.weights):
+            values = self.valuable.values(student, confidence)
+            rows = values.nonzero(as_tuple=True)
+            if "loss_ld_vlr" in self.weights:
+                terms["loss_ld_vlr"] = self._boxes("loss_ld_vlr", outputs, targets, rows, values[rows])
+            if "loss_kd_vlr" in self.weights:
+                terms["loss_kd_vlr"] = self._classes("loss_kd_vlr", student, outputs, targets, rows)
+        return terms
+
+    def _boxes(self, term, outputs, targets, rows: Rows, weights: torch.Tensor) -> torch.Tensor:
+        """Weighted sum over the rows of the divergence of their box distributions."""
+        sides = 1 if self.joint_softmax else 4
+        ours, theirs = (x["deltas"][rows].float().unflatten(-1, (sides, -1)) for x in (outputs, targets))
+        divergence = kd_kl_div_loss(ours, theirs, self.temperatures[term], class_reduction="mean")
+        images = len(outputs["deltas"])
+        scale = self.reference_images / images if self.reference_images else 1.0
+        return (divergence.mean(dim=-1) * weights).sum() * scale
+
+    def _classes(self, term, student: DenseRun, outputs, targets, rows: Rows) -> torch.Tensor:
+        """Sum over the levels of the mean over a level's rows of the divergence of their class logits."""
+        ours, theirs = (x["logits"][rows].float() for x in (outputs, targets))
+        scores = min(ours.shape[-1], theirs.shape[-1])  # GFLv2 has one that is no class
+        divergence = kd_kl_div_loss(
+            ours[:, :scores], theirs[:, :scores], self.temperatures[term], class_reduction="mean"
+        )
+        sizes = torch.tensor([len(boxes) for boxes in student.anchors], device=divergence.device)
+        level = torch.bucketize(rows[1], sizes.cumsum(dim=0), right=True)
+        return (divergence / level.bincount(minlength=len(sizes))[level]).sum()
+
+
+def _check_pair(student, teacher, on_boxes: bool) -> None:
+    for side, detector in (("student", student), ("teacher", teacher)):
+        if not isinstance(detector, StagedDense) or (on_boxes and detector.reg_max is None):
+            raise UserError(
+                f"LD cannot use the {side} {detector.kind} (student {student.kind}, teacher {teacher.kind}): it "
+                "distils boxes that are predicted as distributions; use GFL or GFLv2, or ATSS, OpenMMLabFCOS or "
+                "OpenMMLabRetinaNet with REG_MAX above 0 in MODEL.ATSS, MODEL.FCOS or MODEL.RETINANET."
+            )
+    if on_boxes and student.reg_max != teacher.reg_max:
+        raise UserError(
+            f"LD compares distributions bin by bin, but the student's REG_MAX is {student.reg_max} and the "
+            f"teacher's {teacher.reg_max}; make them equal."
+        )
+    require_same_outputs(student, teacher, "LD")
