@@ -1,0 +1,112 @@
+"""CrossKD for two-stage detectors: the student's features end in the teacher's RoI head."""
+
+from __future__ import annotations
+
+from typing import Any, Dict
+
+import torch
+import torch.nn.functional as F
+from detectron2.modeling.roi_heads import StandardROIHeads
+from torch import nn
+
+from ..data.classes import dataset_classes
+from ..detectors.stock import RCNNRun, StagedRCNN
+from ..errors import UserError
+from ..losses import kd_kl_div_loss, weighted_mean
+from ..schedules import build_schedule
+from ..staged import StagedDetector
+from .base import DISTILL_METHOD_REGISTRY, DistillMethod
+from .pairing import require_same_classes, require_teacher
+
+
+@DISTILL_METHOD_REGISTRY.register()
+class CrossKDRoI(DistillMethod):
+    """Cross-head distillation (CrossKD, arXiv 2306.11369) of Faster R-CNN.
+
+    The teacher's RoI head reads the student's features, and for comparison the teacher's own, both at the proposals
+    that the student's losses are on. Each term is a mean over these proposals:
+
+    - ``loss_crosskd_roi_cls``: divergence between the softened distributions over classes and background;
+    - ``loss_crosskd_roi_box``: L1 distance between box deltas, summed over the four of a class and averaged over
+      the classes.
+
+    The paper has one-stage detectors only; losses and weights are those that its authors tried, untuned, on Faster
+    R-CNN.
+
+    Args:
+        levels: feature that the teacher's RoI head reads -> the student's of the same stride.
+        temperature: of both class distributions.
+    """
+
+    def __init__(self, *, levels: Dict[str, str], temperature: float, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.levels = levels
+        self.temperature = temperature
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
+        node = cfg.MODEL.DISTILL.CROSSKD_ROI
+        teacher = require_teacher(teacher, "CrossKDRoI")
+        _require_standard_heads(student, teacher.staged)
+        require_same_classes(student, teacher, dataset_classes(cfg), "CrossKDRoI")
+        if node.TEMPERATURE <= 0:
+            raise UserError(f"MODEL.DISTILL.CROSSKD_ROI.TEMPERATURE is {node.TEMPERATURE}; it must be above 0.")
+        return {
+            "levels": _match_levels(student, teacher.staged),
+            "temperature": node.TEMPERATURE,
+            "weights": {"loss_crosskd_roi_cls": node.CLS_WEIGHT, "loss_crosskd_roi_box": node.BOX_WEIGHT},
+            "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.CROSSKD_ROI.SCHEDULE"),
+        }
+
+    def forward(self, student: RCNNRun, teacher: RCNNRun) -> Dict[str, torch.Tensor]:
+        boxes = [proposals.proposal_boxes for proposals in student.sampled_proposals]
+        features = {theirs: student.features[ours] for theirs, ours in self.levels.items()}
+        logits, deltas = teacher.staged.predict_regions(features, boxes)
+        with torch.no_grad():
+            target_logits, target_deltas = teacher.staged.predict_regions(teacher.features, boxes)
+        losses = {}
+        if "loss_crosskd_roi_cls" in self.weights:
+            losses["loss_crosskd_roi_cls"] = kd_kl_div_loss(logits, target_logits, self.temperature)
+        if "loss_crosskd_roi_box" in self.weights:
+            distances = F.l1_loss(deltas, target_deltas, reduction="none").unflatten(1, (-1, 4))
+            losses["loss_crosskd_roi_box"] = distances.sum(dim=2).mean(dim=1)
+        # An empty sum is 0; its mean would not be a number.
+        return {term: weighted_mean(loss, None, max(len(loss), 1)) for term, loss in losses.items()}
+
+
+def _require_standard_heads(student: StagedDetector, teacher: StagedDetector) -> None:
+    for side, detector in (("student", student), ("teacher", teacher)):
+        heads = detector.model.roi_heads if isinstance(detector, StagedRCNN) else None
+        if not isinstance(heads, StandardROIHeads):
+            raise UserError(
+                f"CrossKDRoI cannot use the {side} {detector.kind} (student {student.kind}, teacher {teacher.kind}); "
+                "both must be GeneralizedRCNN with MODEL.ROI_HEADS.NAME 'StandardROIHeads'. CrossKD serves one-stage "
+                "detectors, PKD and FeatureImitation any pair."
+            )
+    if isinstance(teacher.model.roi_heads.box_predictor, nn.ModuleList):
+        raise UserError(
+            "CrossKDRoI cannot use a teacher with a cascade of box heads; choose one whose MODEL.ROI_HEADS.NAME is "
+            "'StandardROIHeads', or PKD or FeatureImitation."
+        )
+
+
+def _match_levels(student: StagedDetector, teacher: StagedDetector) -> Dict[str, str]:
+    """Name of the student's feature for each one that the teacher's RoI head reads."""
+    ours, theirs = student.feature_shapes(), teacher.feature_shapes()
+    by_stride = {shape.stride: name for name, shape in ours.items()}
+    levels = {}
+    for name in teacher.model.roi_heads.box_in_features:
+        stride, channels = theirs[name].stride, theirs[name].channels
+        if stride not in by_stride:
+            raise UserError(
+                f"CrossKDRoI: the teacher's RoI head reads {name!r} of stride {stride}, and the student has strides "
+                f"{sorted(by_stride)} only; make MODEL.FPN.IN_FEATURES of both equal."
+            )
+        levels[name] = by_stride[stride]
+        if ours[levels[name]].channels != channels:
+            raise UserError(
+                f"CrossKDRoI feeds the student's features to the teacher's RoI head, but the student's "
+                f"{levels[name]} has {ours[levels[name]].channels} channels and the teacher's {name} has {channels}; "
+                "give both the same MODEL.FPN.OUT_CHANNELS."
+            )
+    return levels
