@@ -1,0 +1,56 @@
+"""A state dict that the parts of a converter take their tensors out of."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Dict, Iterable, List, Tuple
+
+import torch
+
+from ..errors import UserError
+
+# Of a part of a detector: tensors by our names, and the config keys that the shapes tell.
+Converted = Tuple[Dict[str, torch.Tensor], Dict[str, Any]]
+
+
+class Tensors:
+    """Patterns are regular expressions for whole names.
+
+    Args:
+        state_dict: by OpenMMLab's names.
+        source: what error messages call it.
+
+    Attributes:
+        left: what nobody has taken.
+    """
+
+    def __init__(self, state_dict: Dict[str, torch.Tensor], source: str) -> None:
+        self.left = dict(state_dict)
+        self.source = source
+
+    def names(self, pattern: str) -> List[str]:
+        return [name for name in self.left if re.fullmatch(pattern, name)]
+
+    def shape(self, pattern: str) -> torch.Size:
+        """Of the one tensor with such a name.
+
+        Raises:
+            UserError: there is none.
+        """
+        names = self.names(pattern)
+        if not names:
+            name = pattern.replace("\\", "")
+            raise UserError(f"{self.source} lacks {name}; convert a complete checkpoint.")
+        return self.left[names[0]].shape
+
+    def take(self, rules: Iterable[Tuple[str, str]]) -> Dict[str, torch.Tensor]:
+        """Remove all tensors whose names fit a rule (pattern, new name as for ``re.sub``).
+
+        Returns:
+            Them, by their new names.
+        """
+        taken = {}
+        for pattern, template in rules:
+            for name in self.names(pattern):
+                taken[re.fullmatch(pattern, name).expand(template)] = self.left.pop(name)
+        return taken

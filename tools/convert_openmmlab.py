@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Convert a checkpoint of OpenMMLab's MMDetection (2.x or 3.x) to a checkpoint and a config of d2_distill.
+
+Of RetinaNet, FCOS, ATSS, GFL, GFLv2 and Faster R-CNN with ResNet or Swin Transformer and FPN, and of LD's
+ATSS, FCOS and RetinaNet that predict distributions. A config is printed; it holds MODEL.WEIGHTS and all that
+makes the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
+
+import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
+import torch
+from d2_distill.checkpoint import load_exactly
+from d2_distill.errors import UserError
+from d2_distill.openmmlab import STYLES, convert, read_checkpoint
+from d2_distill.student import build_student
+
+EXAMPLE = """
+Examples:
+  python tools/convert_openmmlab.py gfl_r50_fpn_1x_coco.pth gfl.pth > gfl.yaml
+  python tools/convert_openmmlab.py fcos_r101_caffe.pth fcos.pth --style caffe-detectron \\
+    MODEL.FCOS.DISTANCES exp MODEL.FCOS.CENTERNESS_ON cls MODEL.FCOS.CENTER_SAMPLING_RADIUS 0.0 > fcos.yaml
+and then, in the config of the student:
+  MODEL: {DISTILL: {TEACHER: {CONFIG_FILE: gfl.yaml}}}
+"""
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.output.suffix != ".pth":
+        raise UserError(f"{args.output} must end with .pth, by which Detectron2 knows the format.")
+    if args.output.exists():
+        raise UserError(f"{args.output} exists already; remove it or choose another name.")
+    if len(args.opts) % 2:
+        raise UserError(f"KEY VALUE: {' '.join(args.opts)} is an odd number of words; give each key a value.")
+    checkpoint = read_checkpoint(args.input)
+    conversion = convert(checkpoint, style=args.style, opts=args.opts, source=args.input)
+
+    cfg = conversion.cfg.clone()
+    cfg.MODEL.DEVICE = "cpu"
+    try:
+        model = build_student(cfg)
+    except NotImplementedError as error:  # the embedded Detectron2's, for what it leaves out
+        raise UserError(f"{args.input} cannot be converted here: {error}") from error
+    # Frozen batch norms do not count their batches; nothing reads these counters.
+    state = {
+        name: value
+        for name, value in conversion.state_dict.items()
+        if name in model.state_dict() or not name.endswith(".num_batches_tracked")
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": state}, args.output)
+    try:
+        load_exactly(model, str(args.output), key=f"{args.input} as {cfg.MODEL.META_ARCHITECTURE}")
+    except BaseException:
+        args.output.unlink()
+        raise
+    print(conversion.yaml(WEIGHTS=str(args.output)), end="")
+    values = sum(value.numel() for value in state.values())
+    for verb, path in (("Read ", args.input), ("Wrote", args.output)):
+        print(f"{verb} {path}: {os.path.getsize(path) / 1e6:.2f} MB", file=sys.stderr)
+    print(f"{len(state)} tensors, {values / 1e6:.2f} M values", file=sys.stderr)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", help="checkpoint of MMDetection (.pth)")
+    parser.add_argument("output", type=Path, help="file to write (.pth)")
+    parser.add_argument(
+        "--style",
+        choices=list(STYLES),
+        help="layout of the ResNet and pixel statistics, for a checkpoint that does not hold its config: "
+        "torchvision's with RGB, or Caffe's with BGR and the means of Detectron (zoo's FCOS) or Detectron2",
+    )
+    parser.add_argument(
+        "opts", nargs="*", metavar="KEY VALUE", help="config keys that override what was found"
+    )
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_intermixed_args()
+    try:
+        run(args)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
