@@ -1,58 +1,62 @@
 #!/usr/bin/env python3
-"""Measures what distillation costs a training step.
+"""Measures what distillation costs a training step, and how fast a checkpoint detects.
 
-    python tools/benchmark.py --config-file configs/quickstart/distilled.yaml --image-size 256 256 --batch-size 2
-
-Three arms run interleaved in one process on one synthetic batch: a step of the plain student, the forward pass of the
-teacher (to its raw predictions), and a step of the distilled student. Ratios within a run are what to report.
+    python tools/benchmark.py step --config-file configs/quickstart/distilled.yaml --image-size 256 256
+    python tools/benchmark.py inference --config-file configs/quickstart/student.yaml MODEL.WEIGHTS model.pth
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterable, List
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
 import torch
+from d2_distill.checkpoint import load_exactly
+from d2_distill.data.checks import check_dataset
 from d2_distill.data.registration import register_datasets
 from d2_distill.distiller import Distiller
 from d2_distill.engine.optimizer import build_optimizer
 from d2_distill.engine.setup import load_config
+from d2_distill.engine.trainer import Trainer
 from d2_distill.errors import UserError
+from d2_distill.evaluation.speed import seconds_in_turns, seconds_of, synthetic_batch
 from d2_distill.staged import DenseRun
 from d2_distill.student import build_student
 from d2_distill.teacher import teacher_config
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
 
+STEP = """
+Four arms run interleaved in one process on one synthetic batch: a step of the plain student, the forward pass
+of the teacher (to its raw predictions), a step of the distilled student, and the distillation terms alone:
+forward and backward of the methods, given all that the student's own losses and the teacher compute. Ratios
+within a run are what to report.
+"""
+INFERENCE = """
+Images a second of the plain student with MODEL.WEIGHTS ("" keeps the initial weights), one image a batch:
+forward and post-processing, without the loading of data, on the first set of DATASETS.TEST or on a synthetic
+image. No teacher is built.
+"""
+WARMUP_IMAGES = 5  # not counted: allocation and autotuning
+Batch = List[Dict[str, Any]]
 
-def synthetic_batch(batch_size: int, height: int, width: int, num_classes: int) -> List[Dict[str, Any]]:
-    """Noise images with eight boxes each, the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    batch = []
-    for _ in range(batch_size):
-        corners = torch.rand(8, 2, 2, generator=generator).sort(dim=1).values * torch.tensor([width, height])
-        instances = Instances((height, width))
-        instances.gt_boxes = Boxes(corners.flatten(1) + torch.tensor([0.0, 0.0, 8.0, 8.0]))
-        instances.gt_classes = torch.randint(num_classes, (8,), generator=generator)
-        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances, "height": height, "width": width})
-    return batch
 
-
-def training_step(model: nn.Module, cfg: CfgNode, batch: List[Dict[str, Any]]) -> Callable[[], None]:
+def training_step(model: nn.Module, cfg: CfgNode, batch: Batch) -> Callable[[], None]:
     model = model.to(memory_format=torch.channels_last).train()  # as the trainer does
     optimizer = build_optimizer(cfg, model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # an untrained detector would soon diverge, and stop at a loss that is not finite
 
     def step() -> None:
         losses = model(batch)
@@ -63,7 +67,7 @@ def training_step(model: nn.Module, cfg: CfgNode, batch: List[Dict[str, Any]]) -
     return step
 
 
-def teacher_forward(distiller: Distiller, batch: List[Dict[str, Any]]) -> Callable[[], None]:
+def teacher_forward(distiller: Distiller, batch: Batch) -> Callable[[], None]:
     teacher = distiller.teacher
 
     def forward() -> None:
@@ -77,75 +81,149 @@ def teacher_forward(distiller: Distiller, batch: List[Dict[str, Any]]) -> Callab
     return forward
 
 
-def measure(arms: Dict[str, Callable[[], None]], warmup: int, steps: int) -> Dict[str, List[float]]:
-    """Seconds of every step of every arm; the arms take turns."""
-    seconds: Dict[str, List[float]] = {name: [] for name in arms}
-    for step in range(warmup + steps):
-        for name, arm in arms.items():
-            _synchronize()
-            start = time.perf_counter()
-            arm()
-            _synchronize()
-            if step >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def distillation_terms(distiller: Distiller, batch: Batch) -> Callable[[], None]:
+    """Forward and backward of the methods, to the stages that the student's own losses have computed."""
+    runs = []
+    first_method = next(iter(distiller.methods.values()))
+    hook = first_method.register_forward_pre_hook(lambda _, args: runs.append((copy.copy(args[0]), args[1])))
+    distiller.train()(batch)
+    hook.remove()
+    [(student, teacher)] = runs
+    vars(student).update(leaves(vars(student)))  # the graph below is not needed any more
+
+    def terms() -> None:
+        run = copy.copy(student)  # a stage that only the methods read is theirs to compute, in every step
+        vars(run).update(leaves(vars(student)))
+        distiller.methods.zero_grad()
+        weighted = [
+            value * method.weights[term]
+            for method in distiller.methods.values()
+            for term, value in method(run, teacher).items()
+        ]
+        sum(weighted).backward()
+
+    return terms
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def leaves(value: Any) -> Any:
+    """The same containers with every tensor that requires gradient cut off from its graph."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        return value.detach().requires_grad_()
+    if isinstance(value, dict):
+        return {key: leaves(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(leaves(item) for item in value)
+    return value
 
 
-def with_random_teacher(cfg: CfgNode, folder: str) -> CfgNode:
-    """The config with untrained teacher weights: speed does not depend on them."""
+def damp(model: nn.Module) -> nn.Module:
+    """Keep the activations of an untrained deep network from overflowing; speed does not depend on it."""
+    for name, value in model.state_dict().items():
+        if name.endswith("norm.weight"):
+            value *= 0.25
+    return model
+
+
+def build_distiller(cfg: CfgNode) -> Distiller:
+    """The distiller of a config, with untrained weights in student and teacher."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.DISTILL.TEACHER.WEIGHTS = str(Path(folder) / "teacher.pth")
-    state = build_student(teacher_config(cfg)).state_dict()
-    for name, value in state.items():
-        if name.endswith("norm.weight"):
-            value *= 0.25  # else the activations of an untrained deep network overflow
-    torch.save({"model": state}, cfg.MODEL.DISTILL.TEACHER.WEIGHTS)
-    cfg.freeze()
-    return cfg
+    with tempfile.TemporaryDirectory() as folder:
+        cfg.MODEL.DISTILL.TEACHER.WEIGHTS = str(Path(folder) / "teacher.pth")
+        teacher = damp(build_student(teacher_config(cfg)))
+        torch.save({"model": teacher.state_dict()}, cfg.MODEL.DISTILL.TEACHER.WEIGHTS)
+        distiller = Distiller(cfg).to(cfg.MODEL.DEVICE)
+    damp(distiller.student)
+    return distiller
 
 
-def run(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    cfg = load_config(args.config_file, args.opts)
+def benchmark_step(cfg: CfgNode, args: argparse.Namespace) -> None:
     if cfg.MODEL.META_ARCHITECTURE != "Distiller" or not cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
         raise UserError(f"{args.config_file} distils nothing; name a config with a MODEL.DISTILL.TEACHER.")
     register_datasets(cfg)
-    with tempfile.TemporaryDirectory() as folder:
-        distiller = Distiller(with_random_teacher(cfg, folder)).to(cfg.MODEL.DEVICE)
-    student = build_student(cfg)
+    distiller = build_distiller(cfg)
+    if not distiller.methods:
+        raise UserError(f"{args.config_file} distils nothing; give it MODEL.DISTILL.METHODS with weights.")
+    student = damp(build_student(cfg))
     batch = synthetic_batch(args.batch_size, *args.image_size, num_classes=distiller.staged.num_classes)
-    arms = {
-        "plain student step": training_step(student, cfg, batch),
-        "teacher forward": teacher_forward(distiller, batch),
-        "distilled step": training_step(distiller, cfg, batch),
-    }
     with EventStorage():
-        seconds = measure(arms, args.warmup, args.steps)
+        arms = {
+            "plain student step": training_step(student, cfg, batch),
+            "teacher forward": teacher_forward(distiller, batch),
+            "distilled step": training_step(distiller, cfg, batch),
+            "distillation terms": distillation_terms(distiller, batch),
+        }
+        seconds = seconds_in_turns(arms, warmup=args.warmup, rounds=args.steps)
     rows = [[name, 1e3 * statistics.median(times), 1e3 * min(times)] for name, times in seconds.items()]
     print(tabulate(rows, headers=["", "median ms", "minimum ms"], floatfmt=".1f"))
-    plain, teacher, distilled = (torch.tensor(times, dtype=torch.float64) for times in seconds.values())
+    plain, teacher, distilled, terms = torch.tensor(list(seconds.values()), dtype=torch.float64)
     # Ratio step by step, since neighbouring steps share the machine's mood.
     print(f"distilled / (plain + teacher): {(distilled / (plain + teacher)).median():.3f}")
     print(f"distilled / plain:             {(distilled / plain).median():.3f}")
+    print(f"terms / plain:                 {(terms / plain).median():.3f}")
+
+
+def test_images(cfg: CfgNode, args: argparse.Namespace) -> Iterable[Batch]:
+    if args.image_size:
+        return itertools.repeat(synthetic_batch(1, *args.image_size, num_classes=1))
+    if not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty; name a data set, or take a synthetic image by --image-size.")
+    register_datasets(cfg)
+    name = cfg.DATASETS.TEST[0]
+    check_dataset(name, key="DATASETS.TEST", strict=False)
+    return Trainer.build_test_loader(cfg, name)
+
+
+def benchmark_inference(cfg: CfgNode, args: argparse.Namespace) -> None:
+    images = test_images(cfg, args)
+    model = build_student(cfg)
+    if cfg.MODEL.WEIGHTS:
+        load_exactly(model, cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
+    model = model.to(memory_format=torch.channels_last).eval()
+    seconds: List[float] = []
+    with torch.no_grad():
+        for number, batch in enumerate(itertools.islice(images, args.max_images), start=1):
+            duration = seconds_of(lambda: model(batch))
+            if number > WARMUP_IMAGES:
+                seconds.append(duration)
+                if number % args.log_interval == 0:
+                    print(f"{number} images: {len(seconds) / sum(seconds):.1f} images/s", flush=True)
+    if not seconds:
+        raise UserError(f"There must be more than {WARMUP_IMAGES} images, for the first are not counted.")
+    fps, median = len(seconds) / sum(seconds), statistics.median(seconds)
+    print(f"Overall: {fps:.1f} images/s, median {1e3 * median:.1f} ms, {len(seconds)} images, {model.device}")
+
+
+def parse_args() -> argparse.Namespace:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config-file", required=True, metavar="FILE")
+    common.add_argument("--threads", type=int, default=torch.get_num_threads())
+    common.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="step|inference")
+
+    step = commands.add_parser("step", description=STEP, parents=[common], help="cost of training")
+    step.set_defaults(command=benchmark_step)
+    size = {"type": int, "nargs": 2, "metavar": ("H", "W")}
+    step.add_argument("--image-size", **size, default=(256, 256))
+    step.add_argument("--batch-size", type=int, default=2)
+    step.add_argument("--steps", type=int, default=20, help="timed steps of each arm")
+    step.add_argument("--warmup", type=int, default=5)
+
+    inference = commands.add_parser("inference", description=INFERENCE, parents=[common], help="images/s")
+    inference.set_defaults(command=benchmark_inference)
+    inference.add_argument("--image-size", **size, help="measure a synthetic image")
+    inference.add_argument("--max-images", type=int, default=2000)
+    inference.add_argument("--log-interval", type=int, default=50, metavar="IMAGES")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a config with a Distiller")
-    parser.add_argument("--image-size", type=int, nargs=2, default=(256, 256), metavar=("H", "W"))
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each arm")
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    args = parse_args()
     try:
-        run(parser.parse_args())
+        torch.set_num_threads(args.threads)
+        args.command(load_config(args.config_file, args.opts), args)
     except UserError as error:
         sys.exit(f"error: {error}")
 

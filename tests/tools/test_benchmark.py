@@ -1,0 +1,184 @@
+"""tools/benchmark.py on small detectors: what each arm computes, and what is printed and refused."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from d2_distill.staged import Tap
+
+from ..data.small_sets import WIDE, write_coco
+from ..small_detectors import NUM_CLASSES, batch, build, detector_cfg, distiller_cfg, save_teacher
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import benchmark  # noqa: E402
+
+RATIOS = ("distilled / (plain + teacher)", "distilled / plain", "terms / plain")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs the command and returns the lines that it prints."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
+        benchmark.main()
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Saved teachers by case."""
+    return {case: save_teacher(tmp_path_factory.mktemp("teacher"), case) for case in ("RetinaNet", "GFL")}
+
+
+@pytest.fixture
+def teacher(teachers):
+    return teachers["RetinaNet"]
+
+
+def write(path: Path, cfg) -> Path:
+    path.write_text(cfg.dump())
+    return path
+
+
+@pytest.mark.parametrize(
+    "case, methods",
+    [
+        ("RetinaNet", ["CrossKD"]),
+        ("RetinaNet BN", ["PKD", "FeatureImitation", "CrossKD"]),
+        ("GFL", ["LD"]),
+        ("GeneralizedRCNN", ["PKD"]),
+    ],
+)
+def test_step(case, methods, teachers, tmp_path, call):
+    """The teacher's weights are not asked for."""
+    teacher = teachers[case if case in teachers else "RetinaNet"]
+    cfg = distiller_cfg(case, teacher, methods, DISTILL__TEACHER__WEIGHTS="")
+    config = write(tmp_path / "distilled.yaml", cfg)
+    options = ("--image-size", 64, 96, "--batch-size", 1, "--steps", 2, "--warmup", 1, "--threads", 1)
+    lines = call("step", "--config-file", config, *options, "SOLVER.BASE_LR", 0.001)
+    arms = {line[:20].strip(): [float(number) for number in line[20:].split()] for line in lines[2:6]}
+    assert list(arms) == ["plain student step", "teacher forward", "distilled step", "distillation terms"]
+    assert all(median >= minimum > 0 for median, minimum in arms.values())
+    ratios = dict(line.split(": ") for line in lines[6:])
+    assert tuple(ratios) == RATIOS and all(float(ratio) > 0 for ratio in ratios.values())
+
+
+def test_terms_are_computed_alone(teacher):
+    """What student and teacher have computed is given; the gradient there is that of the whole step."""
+    methods = ["CrossKD", "PKD", "FeatureImitation"]
+    model = build_model(distiller_cfg("RetinaNet", teacher, methods)).train()
+    runs, calls = [], []
+    inputs = batch()
+    with EventStorage():
+        terms = benchmark.distillation_terms(model, inputs)
+        model.methods["PKD"].register_forward_pre_hook(lambda _, args: runs.append(args[0]))
+        model.student.backbone.register_forward_hook(lambda *_: calls.append("backbone"))
+        model.student.head.cls_score.register_forward_hook(lambda *_: calls.append("head"))
+        model.teacher.model.backbone.register_forward_hook(lambda *_: calls.append("teacher"))
+        model.staged.assign = lambda *_: calls.append("assign")
+        for _ in range(2):  # the second call finds no gradient of the first one
+            terms()
+        assert not calls and len(runs) == 2 and runs[0].features["p3"] is not runs[1].features["p3"]
+        del model.staged.assign
+
+        losses = model(inputs)
+    whole = runs.pop()
+    # The features are leaves of their own: CrossKD's gradient ends at the taps.
+    crosskd = losses["loss_crosskd_cls"] + losses["loss_crosskd_box"]
+    others = losses["loss_pkd"] + losses["loss_imitation"]
+    for loss, points in ((crosskd, taps_of), (others, lambda run: list(run.features.values()))):
+        expected = torch.autograd.grad(loss, points(whole), retain_graph=True)
+        for run in runs:
+            for ours, theirs in zip(points(run), expected):
+                assert theirs.any()
+                torch.testing.assert_close(ours.grad, theirs)
+
+
+def taps_of(run):
+    return [*run.taps["cls"][Tap(1)], *run.taps["box"][Tap(1)]]
+
+
+def test_leaves_keep_what_needs_no_gradient():
+    parameter, mask = torch.ones(2, requires_grad=True), torch.ones(2)
+    value = {"a": [parameter * 2, mask], "b": (parameter,), "c": "text"}
+    found = benchmark.leaves(value)
+    assert found["a"][1] is mask and found["c"] == "text" and isinstance(found["b"], tuple)
+    assert found["a"][0].is_leaf and found["a"][0].requires_grad and found["a"][0].tolist() == [2, 2]
+
+
+def test_plain_config_has_no_distilled_step(teacher, tmp_path, call):
+    config = write(tmp_path / "plain.yaml", detector_cfg("RetinaNet"))
+    with pytest.raises(SystemExit, match="error: .*plain.yaml distils nothing; name a config with"):
+        call("step", "--config-file", config)
+    cfg = distiller_cfg("RetinaNet", teacher, ["PKD"], DISTILL__PKD__WEIGHT=0.0)
+    config = write(tmp_path / "off.yaml", cfg)
+    with pytest.raises(SystemExit, match="error: .*off.yaml distils nothing; give it MODEL.DISTILL.METHODS"):
+        call("step", "--config-file", config)
+
+
+@pytest.fixture
+def config(tmp_path, teacher):
+    """A distiller's config whose teacher does not exist, with nine test images."""
+    row = write_coco(tmp_path, sizes=[WIDE] * 9, classes=("cat", "cow", "dog"))
+    assert NUM_CLASSES == 3
+    cfg = distiller_cfg("RetinaNet", teacher, ["PKD"], DISTILL__TEACHER__CONFIG_FILE="none.yaml")
+    cfg.merge_from_list(["DATASETS.COCO", (row,), "DATASETS.TEST", (row[0],), "DATALOADER.NUM_WORKERS", 0])
+    cfg.INPUT.MIN_SIZE_TEST = 32
+    return write(tmp_path / "distilled.yaml", cfg)
+
+
+@pytest.fixture
+def student(tmp_path):
+    torch.save({"model": build(detector_cfg("RetinaNet")).state_dict()}, tmp_path / "student.pth")
+    return tmp_path / "student.pth"
+
+
+@pytest.mark.parametrize("limit, counted", [((), 4), (("--max-images", 7), 2)])
+def test_inference_on_the_test_set(config, student, call, limit, counted):
+    """Nine images, of which the first five are not counted; no teacher is looked for."""
+    options = ("--log-interval", 2, "--threads", 1, *limit)
+    lines = call("inference", "--config-file", config, *options, "MODEL.WEIGHTS", student)
+    expected = ["6 images", "8 images"] if counted == 4 else ["6 images"]
+    assert [line.split(":")[0] for line in lines[:-1]] == expected
+    found = re.fullmatch(r"Overall: ([\d.]+) images/s, median ([\d.]+) ms, (\d+) images, cpu", lines[-1])
+    assert int(found[3]) == counted and float(found[1]) > 0 and float(found[2]) > 0
+
+
+def test_inference_on_a_synthetic_image(tmp_path, call):
+    """Without data, without weights."""
+    config = write(tmp_path / "plain.yaml", detector_cfg("GeneralizedRCNN"))
+    options = ("--image-size", 64, 96, "--max-images", 8, "--log-interval", 50, "--threads", 1)
+    missing = ("DATASETS.COCO", "(('a', 'none.json', 'none'),)")
+    lines = call("inference", "--config-file", config, *options, *missing)
+    assert len(lines) == 1 and lines[0].endswith("3 images, cpu")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("MODEL.WEIGHTS", "none.pth"), "MODEL.WEIGHTS: there is no file none.pth"),
+        (("DATASETS.TEST", "()"), "DATASETS.TEST is empty; .*--image-size"),
+        (("DATASETS.TEST", "('none',)"), "DATASETS.TEST names the data set 'none'"),
+        (("--max-images", 5), "more than 5 images"),
+    ],
+)
+def test_inference_that_cannot_be_is_one_sentence(config, call, arguments, message):
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        call("inference", "--config-file", config, *arguments)
+
+
+def test_weights_of_another_model_are_refused(tmp_path, config, call):
+    other = tmp_path / "other.pth"
+    torch.save({"model": build(detector_cfg("RetinaNet", RETINANET__NUM_CONVS=1)).state_dict()}, other)
+    with pytest.raises(SystemExit, match="error: MODEL.WEIGHTS: .*other.pth does not fit the model"):
+        call("inference", "--config-file", config, "MODEL.WEIGHTS", other)

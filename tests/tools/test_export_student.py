@@ -1,0 +1,126 @@
+"""tools/export_student.py: what is kept, how the file is named, what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2_distill.checkpoint import load_exactly
+from d2_distill.engine.trainer import build_checkpointer
+
+from ..small_detectors import batch, build, detector_cfg
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import export_student  # noqa: E402
+
+CFG = {"RESNETS__NORM": "BN"}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A detector and its checkpoint, with a state of training beside it."""
+    model = build(detector_cfg("RetinaNet", **CFG), salt=5).eval()
+    optimizer = torch.optim.AdamW(model.parameters())
+    build_checkpointer(model, str(tmp_path), optimizer=optimizer).save("model_final", iteration=7)
+    return model, tmp_path / "model_final.pth"
+
+
+def run(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["export_student.py", *map(str, arguments)])
+    export_student.main()
+
+
+def exported(folder: Path) -> Path:
+    [path] = folder.iterdir()
+    return path
+
+
+def test_name_content_and_report(saved, tmp_path, monkeypatch, capsys):
+    model, path = saved
+    run(monkeypatch, path, tmp_path / "out" / "student.pth")
+    written = exported(tmp_path / "out")
+    digest = hashlib.sha256(written.read_bytes()).hexdigest()
+    assert written.name == f"student-{digest[:8]}.pth"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"Read  {path}: {path.stat().st_size / 1e6:.2f} MB",
+        f"Wrote {written}: {written.stat().st_size / 1e6:.2f} MB",
+        "Left out: iteration, optimizer",
+    ]
+    before = written.read_bytes()
+    run(monkeypatch, path, tmp_path / "out" / "student.pth")
+    assert exported(tmp_path / "out").read_bytes() == before  # the same weights, the same name
+
+    run(monkeypatch, written, tmp_path / "again" / "student.pth")
+    assert exported(tmp_path / "again").name == written.name
+    assert capsys.readouterr().out.endswith("Left out: nothing\n")
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_loads_as_the_plain_student(saved, tmp_path, monkeypatch, half):
+    model, path = saved
+    run(monkeypatch, path, tmp_path / "out" / "student.pth", *["--half"] * half)
+    written = exported(tmp_path / "out")
+    stored = torch.load(written, weights_only=True)["model"]
+    assert {value.dtype for value in stored.values()} == {torch.half if half else torch.float32, torch.int64}
+
+    plain = build(detector_cfg("RetinaNet", **CFG)).eval()
+    load_exactly(plain, str(written), key="MODEL.WEIGHTS")
+    for name, value in plain.state_dict().items():
+        original = model.state_dict()[name]
+        assert value.dtype == original.dtype
+        torch.testing.assert_close(value, original, rtol=1e-3 if half else 0, atol=1e-6 if half else 0)
+    if not half:
+        for ours, theirs in zip(plain(batch()), model(batch())):
+            ours, theirs = ours["instances"], theirs["instances"]
+            assert len(ours) > 0 and torch.equal(ours.scores, theirs.scores)
+
+
+def test_counters_are_not_halved():
+    counter, weight = torch.tensor(70001), torch.tensor([0.1, float("inf")], dtype=torch.float64)
+    found = export_student.to_half({"norm.num_batches_tracked": counter, "weight": weight})
+    assert found["norm.num_batches_tracked"] is counter and found["weight"].dtype == torch.half
+
+
+def test_values_beyond_half_precision_are_refused(tmp_path, monkeypatch):
+    torch.save({"model": {"norm.running_var": torch.tensor([1.0, 7e4])}}, tmp_path / "model.pth")
+    with pytest.raises(SystemExit, match="error: --half: norm.running_var has values up to 7e.04, beyond"):
+        run(monkeypatch, tmp_path / "model.pth", tmp_path / "out" / "student.pth", "--half")
+    assert not (tmp_path / "out").exists()
+
+
+def bad_contents():
+    yield "plain text", b"no checkpoint", "cannot be read as a checkpoint"
+    weights = torch.zeros(1)
+    for content in ([1], {"weight": weights}, {"model": {}}, {"model": weights}, {"model": {"a": 1}}):
+        yield type(content).__name__, content, "has no weights under 'model'"
+
+
+@pytest.mark.parametrize("name, content, message", bad_contents())
+def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch, name, content, message):
+    path = tmp_path / "bad.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(SystemExit, match=f"error: The checkpoint: .*bad.pth {message}"):
+        run(monkeypatch, path, tmp_path / "out" / "student.pth")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_file_and_wrong_ending(saved, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="error: The checkpoint: there is no file .*none.pth"):
+        run(monkeypatch, tmp_path / "none.pth", tmp_path / "student.pth")
+    with pytest.raises(SystemExit, match="error: .*student.pkl must end with .pth"):
+        run(monkeypatch, saved[1], tmp_path / "student.pkl")
+
+
+def test_failed_write_leaves_nothing(saved, tmp_path, monkeypatch):
+    """A folder has taken the name."""
+    run(monkeypatch, saved[1], tmp_path / "first" / "student.pth")
+    taken = tmp_path / "second" / exported(tmp_path / "first").name
+    taken.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="error: .*student-"):
+        run(monkeypatch, saved[1], tmp_path / "second" / "student.pth")
+    assert exported(tmp_path / "second") == taken
