@@ -24,15 +24,16 @@ def run_check(
 
 def assert_recorded(case: Case, key: str, actual: Any) -> None:
     """``actual`` equals the recorded array within the case's tolerance."""
-    _assert_close(case, key, actual, case.tensor(key))
+    assert_close(case, key, actual, case.tensor(key))
 
 
 def assert_recorded_sum(case: Case, key: str, actual: Any) -> None:
     """``actual`` is the sum of the recorded entries, one a level."""
-    _assert_close(case, key, actual, case.tensor(key).sum())
+    assert_close(case, key, actual, case.tensor(key).sum())
 
 
-def _assert_close(case: Case, key: str, actual: Any, expected: torch.Tensor) -> None:
+def assert_close(case: Case, key: str, actual: Any, expected: torch.Tensor) -> None:
+    """``actual`` equals ``expected`` within the case's tolerance; ``key`` is for the message."""
     tolerance = case.data["tolerance"]
     actual = torch.as_tensor(actual, dtype=expected.dtype).detach()
     torch.testing.assert_close(

@@ -1,25 +1,36 @@
-"""Builds our RetinaNet from a recorded OpenMMLab head: weights, feature maps and ground truth of one case."""
+"""Builds our detectors from recorded OpenMMLab heads: weights, feature maps and ground truth of one case."""
 
 from __future__ import annotations
 
-from typing import Dict, List
+import functools
+from typing import Any, Callable, Dict, List, Optional, Type
 
 import torch
-
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import Backbone
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, Instances
+from torch import nn
 
-from d2_distill.assigners import MaxIoUMatcher
-from d2_distill.detectors import OpenMMLabRetinaNet
+from d2_distill import losses
+from d2_distill.assigners import ATSSAssigner, MaxIoUAssigner, PointAssigner
+from d2_distill.detectors import ATSS, GFL, GFLv2, OneStageDetector, OpenMMLabFCOS, OpenMMLabRetinaNet
 from d2_distill.detectors.anchor_order import to_size_outer
-from d2_distill.detectors.box_coder import TwoSidedBox2BoxTransform
+from d2_distill.detectors.box_coders import DeltaCoder, DistanceCoder, DistributionCoder
+from d2_distill.detectors.head import QualityHead, TowerHead
+from d2_distill.detectors.one_stage import square_anchors
+from d2_distill.openmmlab import Tensors, dense_head
 
 from .cases import Case
 
 NUM_SIZES = NUM_RATIOS = 3
+
+BOX_LOSSES = {
+    "GIoULoss": losses.giou_loss,
+    "CIoULoss": losses.ciou_loss,
+    "IoULoss": losses.log_iou_loss,
+    "L1Loss": None,
+}
 
 
 class GivenMaps(Backbone):
@@ -39,66 +50,222 @@ class GivenMaps(Backbone):
         }
 
 
-def build_retinanet(maps: List[torch.Tensor], strides: List[int], num_classes: int, num_convs: int):
-    """OpenMMLabRetinaNet over the given maps, with the anchors of the reference."""
-    backbone = GivenMaps(maps, strides)
-    shapes = list(backbone.output_shape().values())
-    return OpenMMLabRetinaNet(
-        backbone=backbone,
-        head=RetinaNetHead(
-            input_shape=shapes,
-            num_classes=num_classes,
-            num_anchors=NUM_SIZES * NUM_RATIOS,
-            conv_dims=[shapes[0].channels] * num_convs,
-        ),
-        head_in_features=list(backbone.output_shape()),
-        anchor_generator=DefaultAnchorGenerator(
-            sizes=[
-                [4 * stride * 2 ** (octave / NUM_SIZES) for octave in range(NUM_SIZES)] for stride in strides
-            ],
-            aspect_ratios=[[0.5, 1.0, 2.0]],
-            strides=strides,
-            offset=0.0,
-        ),
-        box2box_transform=TwoSidedBox2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
-        anchor_matcher=MaxIoUMatcher([0.4, 0.5], [0, -1, 1]),
-        num_classes=num_classes,
-        pixel_mean=[0.0, 0.0, 0.0],
-        pixel_std=[1.0, 1.0, 1.0],
+def retinanet_anchors(shapes: List[ShapeSpec]) -> DefaultAnchorGenerator:
+    strides = [shape.stride for shape in shapes]
+    return DefaultAnchorGenerator(
+        sizes=[[4 * stride * 2 ** (octave / NUM_SIZES) for octave in range(NUM_SIZES)] for stride in strides],
+        aspect_ratios=[[0.5, 1.0, 2.0]],
+        strides=strides,
+        offset=0.0,
     )
 
 
-def parameter_name(recorded: str) -> str:
-    """State-dict name of a recorded parameter: ``cls_convs.1.conv.bias`` is ``head.cls_subnet.2.bias``."""
-    parts = recorded.split(".")
-    if parts[0] in ("cls_convs", "reg_convs"):
-        subnet = "cls_subnet" if parts[0] == "cls_convs" else "bbox_subnet"
-        return f"head.{subnet}.{2 * int(parts[1])}.{parts[-1]}"
-    return {"retina_cls": "head.cls_score", "retina_reg": "head.bbox_pred"}[parts[0]] + f".{parts[-1]}"
+_ATSS_ANCHORS = functools.partial(square_anchors, scale=8, offset=0.0)
+_FOCAL = {"focal_loss_alpha": 0.25, "focal_loss_gamma": 2.0}
+_GFL = {
+    "assigner": ATSSAssigner(topk=9),
+    "box_coder": DistributionCoder(reg_max=16),
+    "box_loss": losses.giou_loss,
+    "box_loss_weight": 2.0,
+    "quality_beta": 2.0,
+    "dfl_weight": 0.25,
+    "normalizer_floor": 1e-6,
+}
+# Detector -> what makes its anchors, its constructor arguments, and its head's, as in the references' configs.
+# FCOS's assigner is missing: every case has its own ranges of sizes.
+_PUBLISHED: Dict[Type[OneStageDetector], tuple] = {
+    GFL: (_ATSS_ANCHORS, _GFL, {}),
+    GFLv2: (_ATSS_ANCHORS, _GFL, {"quality_topk": 4, "quality_channels": 64}),
+    ATSS: (
+        _ATSS_ANCHORS,
+        {
+            "assigner": ATSSAssigner(topk=9),
+            "box_coder": DeltaCoder((10.0, 10.0, 5.0, 5.0)),
+            "box_loss": losses.giou_loss,
+            "box_loss_weight": 2.0,
+            "normalizer_floor": 1.0,
+            **_FOCAL,
+        },
+        {"centerness_on": "box"},
+    ),
+    OpenMMLabFCOS: (
+        functools.partial(square_anchors, scale=1.0, offset=0.5),
+        {
+            "box_coder": DistanceCoder("exp"),
+            "box_loss": losses.log_iou_loss,
+            "box_loss_weight": 1.0,
+            "normalizer_floor": 1e-6,
+            "sqrt_scores": False,
+            **_FOCAL,
+        },
+        {"centerness_on": "cls"},
+    ),
+    OpenMMLabRetinaNet: (
+        retinanet_anchors,
+        {
+            "assigner": MaxIoUAssigner(thresholds=(0.4, 0.5), labels=(0, -1, 1)),
+            "box_coder": DeltaCoder((1.0, 1.0, 1.0, 1.0)),
+            "box_loss": None,
+            "box_loss_weight": 1.0,
+            **_FOCAL,
+        },
+        {"tower_bias": True, "use_scale": False},
+    ),
+}
 
 
-def load_head(model: torch.nn.Module, case: Case, prefix: str) -> None:
-    """Copy the recorded head ``<prefix>.*`` into the model; every parameter of the head must be there."""
-    state = {}
-    for key in case.arrays:
-        if key.startswith(f"{prefix}."):
-            name = parameter_name(key[len(prefix) + 1 :])
-            value = case.tensor(key)
-            last = name.startswith(("head.cls_score", "head.bbox_pred"))
-            state[name] = to_size_outer(value, NUM_SIZES, NUM_RATIOS) if last else value
+def build_detector(
+    model_class: Type[OneStageDetector],
+    maps: List[torch.Tensor],
+    strides: List[int],
+    num_classes: int,
+    *,
+    num_convs: int = 0,
+    norm: Callable[[int], nn.Module] = "",
+    head: Optional[Dict[str, Any]] = None,
+    **overrides: Any,
+) -> OneStageDetector:
+    """A detector over the given maps, in its published form.
+
+    Args:
+        maps: what the head reads; for cases without towers, any maps of the right sizes.
+        head: arguments of the head that differ from the published form.
+        overrides: constructor arguments of the detector that do.
+    """
+    backbone = GivenMaps(maps, strides)
+    shapes = list(backbone.output_shape().values())
+    make_anchors, published, head_published = _PUBLISHED[model_class]
+    arguments = {
+        "anchor_generator": make_anchors(shapes),
+        "test_score_thresh": 0.05,
+        "test_topk_candidates": 1000,
+        "test_nms_thresh": 0.6,
+        "max_detections_per_image": 100,
+        **published,
+        **overrides,
+    }
+    common = {
+        "input_shape": shapes,
+        "num_anchors": arguments["anchor_generator"].num_anchors[0],
+        "conv_dims": [shapes[0].channels] * num_convs,
+        "norm": norm,
+        **head_published,
+        **(head or {}),
+    }
+    coder = arguments["box_coder"]
+    if model_class is GFLv2:
+        built = QualityHead(num_scores=num_classes + 1, reg_max=coder.reg_max, **common)
+    else:
+        built = TowerHead(num_scores=num_classes, box_dim=coder.box_dim, **common)
+    return model_class(
+        backbone=backbone,
+        head=built,
+        head_in_features=list(backbone.output_shape()),
+        num_classes=num_classes,
+        pixel_mean=[0.0, 0.0, 0.0],
+        pixel_std=[1.0, 1.0, 1.0],
+        **arguments,
+    )
+
+
+def build_recorded(case: Case, role: str, requires_grad: bool = False):
+    """The student or teacher of a CrossKD case with its weights, and its feature maps."""
+    data, config = case.data, case.data["head_config"]
+    maps = maps_of(case, f"{role}_feat", requires_grad=requires_grad)
+    overrides: Dict[str, Any] = {
+        "box_loss": BOX_LOSSES[config["loss_bbox"]["type"]],
+        "box_loss_weight": config["loss_bbox"]["loss_weight"],
+    }
+    head: Dict[str, Any] = {}
+    if data["detector"] == "gfl":
+        overrides["normalizer_floor"] = 1.0
+    if data["detector"] == "fcos":
+        bounds = tuple(float(end) for _, end in config["regress_ranges"][:-1])
+        overrides["assigner"] = PointAssigner(bounds, 1.5 if config.get("center_sampling") else 0.0)
+        if config.get("norm_on_bbox"):
+            overrides["box_coder"] = DistanceCoder("relu")
+        if config.get("centerness_on_reg"):
+            head["centerness_on"] = "box"
+    model = build_detector(
+        {"gfl": GFL, "atss": ATSS, "fcos": OpenMMLabFCOS, "retinanet": OpenMMLabRetinaNet}[data["detector"]],
+        maps,
+        data["strides"],
+        data["num_classes"],
+        num_convs=data["stacked_convs"],
+        norm=functools.partial(nn.GroupNorm, data["gn_groups"]) if data["gn_groups"] else "",
+        head=head,
+        **overrides,
+    )
+    prefix = f"{role}."
+    load_head(model, {key[len(prefix) :]: case.tensor(key) for key in case.arrays if key.startswith(prefix)})
+    return model, maps
+
+
+_LAYERS = {"cls": "cls_score", "reg": "bbox_pred", "centerness": "ctrness"}
+
+
+def parameter_name(model: OneStageDetector, recorded: str) -> str:
+    """State-dict name of a recorded parameter: ``cls_convs.1.gn.bias`` is ``head.cls_subnet.4.bias``."""
+    module, *rest = recorded.split(".")
+    if module in ("cls_convs", "reg_convs"):
+        index, part, kind = rest
+        name = "cls_subnet" if module == "cls_convs" else "bbox_subnet"
+        per_block = [isinstance(layer, nn.ReLU) for layer in getattr(model.head, name)].index(True) + 1
+        return f"head.{name}.{per_block * int(index) + (part == 'gn')}.{kind}"
+    if module in ("scales", "reg_conf"):
+        return f"head.{recorded}"
+    return f"head.{_LAYERS[module.split('_')[1]]}.{rest[0]}"
+
+
+def load_head(model: OneStageDetector, recorded: Dict[str, torch.Tensor]) -> None:
+    """Copy a recorded head into the model; every parameter of the head must be there."""
+    tensors = Tensors({f"bbox_head.{key}": value.float() for key, value in recorded.items()}, "the recording")
+    state, _ = dense_head(tensors)
+    assert not tensors.left
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and not [name for name in missing if name.startswith("head.")]
 
 
+def in_our_order(model: OneStageDetector, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """Blocks of a cell's anchors, in the recorded order, in Detectron2's."""
+    if model.anchor_generator.num_anchors[0] == 1:
+        return tensor
+    return to_size_outer(tensor, NUM_SIZES, NUM_RATIOS, dim=dim)
+
+
+def labels_in_our_order(model: OneStageDetector, labels: torch.Tensor) -> torch.Tensor:
+    """Recorded labels (N, R_l) of a level in the order of our anchors."""
+    cells = labels.unflatten(1, (-1, model.anchor_generator.num_anchors[0]))
+    return in_our_order(model, cells, dim=2).flatten(1)
+
+
+def flat_outputs(model: OneStageDetector, **maps: List[torch.Tensor]) -> Dict[str, List[torch.Tensor]]:
+    """Recorded prediction maps by output name, as ``model.losses`` takes them; gradients flow to the maps."""
+    per_cell, flat = model.anchor_generator.num_anchors[0], {}
+    for name, levels in maps.items():
+        levels = [in_our_order(model, x, dim=1).unflatten(1, (per_cell, -1)) for x in levels]
+        flat[name] = [x.permute(0, 3, 4, 1, 2).flatten(1, 3) for x in levels]
+    return flat
+
+
+def instances_of(size, boxes: torch.Tensor, classes: torch.Tensor) -> Instances:
+    """Ground truth of an image."""
+    instances = Instances(tuple(int(side) for side in size))
+    instances.gt_boxes, instances.gt_classes = Boxes(boxes), classes
+    return instances
+
+
 def batched_inputs(case: Case) -> List[dict]:
     """Images of the recorded sizes (their pixels do not matter) with the recorded ground truth."""
-    inputs = []
-    for index, size in enumerate(case.arrays["in.img_shape"].tolist()):
-        instances = Instances(tuple(size))
-        instances.gt_boxes = Boxes(case.tensor(f"in.gt_boxes.{index}"))
-        instances.gt_classes = case.tensor(f"in.gt_labels.{index}")
-        inputs.append({"image": torch.zeros(3, *size), "instances": instances})
-    return inputs
+    return [
+        {
+            "image": torch.zeros(3, *size),
+            "instances": instances_of(
+                size, case.tensor(f"in.gt_boxes.{index}"), case.tensor(f"in.gt_labels.{index}")
+            ),
+        }
+        for index, size in enumerate(case.arrays["in.img_shape"].tolist())
+    ]
 
 
 def maps_of(case: Case, key: str, requires_grad: bool = False) -> List[torch.Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from typing import Dict
 
 import pytest
 import torch
@@ -12,15 +14,15 @@ from fvcore.nn import sigmoid_focal_loss
 from detectron2.utils.events import EventStorage
 
 from d2_distill import losses
-from d2_distill.detectors.box_coder import TwoSidedBox2BoxTransform
+from d2_distill.detectors.box_coders import TwoSidedBox2BoxTransform
 from d2_distill.methods import PKD, CrossKD
 from d2_distill.methods.pairing import pair_features
 from d2_distill.schedules import build_schedule
-from d2_distill.staged import Assignment, stage_detector
+from d2_distill.staged import Tap, stage_detector
 
 from . import openmmlab
 from .cases import Case, case_names, load
-from .dispatch import assert_recorded, assert_recorded_gradient, assert_recorded_sum, run_check
+from .dispatch import assert_close, assert_recorded, assert_recorded_gradient, run_check
 
 SUITE = "crosskd"
 
@@ -34,10 +36,20 @@ def kind_of(case: Case) -> str:
 
 
 def _kd_quality_focal(case, pred):
-    loss = losses.kd_quality_focal_loss(
-        pred, case.tensor("in.teacher_logits"), beta=case.data["options"]["beta"]
-    )
+    targets = case.tensor("in.teacher_logits").sigmoid()
+    loss = losses.quality_focal_loss(pred, targets, beta=case.data["options"]["beta"])
     return loss, case.tensor("in.weight")[:, None] if "in.weight" in case.arrays else None
+
+
+def _quality_focal(case, pred):
+    classes = F.one_hot(case.tensor("in.label"), case.data["options"]["num_classes"] + 1)[:, :-1]
+    targets = classes * case.tensor("in.score")[:, None]
+    loss = losses.quality_focal_loss(pred, targets, beta=case.data["options"]["beta"])
+    return loss, case.tensor("in.weight")[:, None]
+
+
+def _distribution_focal(case, pred):
+    return losses.distribution_focal_loss(pred, case.tensor("in.label")), case.tensor("in.weight")
 
 
 def _kd_kl_div(case, pred):
@@ -116,34 +128,28 @@ def check_coder(case: Case) -> None:
     assert_recorded(case, "out.encoded_gt", coder.get_deltas(anchors, case.tensor("in.gt")))
 
 
-def build_model(case: Case, role: str, requires_grad: bool = False):
-    """The recorded student or teacher, and its feature maps."""
-    data = case.data
-    maps = openmmlab.maps_of(case, f"{role}_feat", requires_grad=requires_grad)
-    model = openmmlab.build_retinanet(maps, data["strides"], data["num_classes"], data["stacked_convs"])
-    openmmlab.load_head(model, case, role)
-    return model, maps
-
-
 def assert_labels(case: Case, student, maps, inputs) -> None:
-    """Classes and weights of all anchors are the recorded ones, in Detectron2's order of anchors."""
-    gt_labels, gt_boxes = student.label_anchors(
-        student.anchor_generator(maps), [item["instances"] for item in inputs]
-    )
-    sizes = [tensor.shape[-2] * tensor.shape[-1] * 9 for tensor in maps]
-    for level, labels in enumerate(torch.stack(gt_labels).split(sizes, dim=1)):
-        recorded = case.tensor(f"mid.labels.{level}").long()
-        recorded[case.tensor(f"mid.label_weights.{level}") == 0] = -1
-        recorded = openmmlab.to_size_outer(recorded.unflatten(1, (-1, 9)), 3, 3, dim=2).flatten(1)
+    """Classes of all anchors are the recorded ones, and so are the ignored anchors."""
+    assignment = student.assign(student.anchor_generator(maps), [item["instances"] for item in inputs])
+    per_cell = student.anchor_generator.num_anchors[0]
+    sizes = [tensor.shape[-2] * tensor.shape[-1] * per_cell for tensor in maps]
+    for level, labels in enumerate(assignment.labels.split(sizes, dim=1)):
+        recorded = case.tensor(f"mid.labels.{level}").long().view(labels.shape)
+        if f"mid.label_weights.{level}" in case.arrays:  # FCOS, which ignores nothing, has none
+            recorded[case.tensor(f"mid.label_weights.{level}") == 0] = -1
+        recorded = openmmlab.labels_in_our_order(student, recorded)
         assert torch.equal(labels, recorded), f"{case.name}: labels of level {level}"
-    assignment = Assignment(torch.stack(gt_labels), torch.stack(gt_boxes), student.num_classes)
-    assert assignment.normalizer == case.data["avg_factor"]
+    assert assignment.foreground.sum() == sum(case.data["n_pos"])
+    if "avg_factor" in case.data:
+        assert assignment.normalizer == case.data["avg_factor"]
 
 
 def gradients(total: torch.Tensor, case: Case, student, maps):
     """Gradients of the student's maps and of its parameters in the recorded order; zeros for none."""
     parameters = dict(student.named_parameters())
-    parameters = [parameters[openmmlab.parameter_name(name)] for name in case.data["student_param_order"]]
+    names = [openmmlab.parameter_name(student, name) for name in case.data["student_param_order"]]
+    assert set(names) == set(parameters)
+    parameters = [parameters[name] for name in names]
     wanted = [*maps, *parameters]
     found = torch.autograd.grad(total, wanted, retain_graph=True, allow_unused=True)
     found = [torch.zeros_like(x) if gradient is None else gradient for x, gradient in zip(wanted, found)]
@@ -161,29 +167,66 @@ def assert_gradients(case: Case, total: torch.Tensor, student, maps) -> None:
     assert_recorded_gradient(case, "out.gradnorm_total.params", norms(to_parameters))
 
 
+# Recorded entry -> our term; the others have the same name.
+RECORDED_TERMS = {
+    "loss_cls_kd": "loss_crosskd_cls",
+    "loss_reg_kd": "loss_crosskd_box",
+    "losses_center_kd": "loss_crosskd_centerness",
+    "loss_feat_kd": "loss_pkd",
+    "loss_bbox": "loss_box_reg",
+}
+RECORDED_OUTPUTS = {"cls": "logits", "reg": "deltas", "ctr": "centerness"}
+RECORDED_BOX_LOSSES = {"GIoULoss": "giou", "IoULoss": "iou", "KnowledgeDistillationKLDivLoss": "kl"}
+
+
+def assert_entries(case: Case, terms: Dict[str, torch.Tensor]) -> None:
+    """Each recorded loss, summed over its levels, which may be entries of their own, is our term."""
+    expected: Dict[str, torch.Tensor] = {}
+    for key in case.data["loss_keys"]:
+        entry = re.sub(r"_\d$", "", key)
+        term = RECORDED_TERMS.get(entry, entry)
+        expected[term] = expected.get(term, 0.0) + case.tensor(f"out.{key}").sum()
+    assert set(terms) == set(expected)
+    for term, value in terms.items():
+        assert_close(case, term, value, expected[term])
+
+
 def check_plain_head(case: Case) -> None:
-    student, maps = build_model(case, "student", requires_grad=True)
+    student, maps = openmmlab.build_recorded(case, "student", requires_grad=True)
     inputs = openmmlab.batched_inputs(case)
     assert_labels(case, student, maps, inputs)
     with EventStorage():
         terms = student.train()(inputs)
-    assert set(terms) == {"loss_cls", "loss_box_reg"}
-    assert_recorded_sum(case, "out.loss_cls", terms["loss_cls"])
-    assert_recorded_sum(case, "out.loss_bbox", terms["loss_box_reg"])
+    assert_entries(case, terms)
     assert_recorded(case, "out.total", sum(terms.values()))
     assert_gradients(case, sum(terms.values()), student, maps)
+
+
+def in_front_of_activation(case: Case) -> bool:
+    """Whether the taps lie in front of the activation, which is not the published form."""
+    return case.name.endswith("_preact_variant")
 
 
 def build_methods(case: Case, student, teacher) -> list:
     """CrossKD, and PKD where it was recorded, with the recorded options."""
     options, always = case.data["kd_cfg"], build_schedule([])
+    tap = Tap(options["reused_teacher_head_idx"], activated=not in_front_of_activation(case))
+    box_loss = options["loss_reg_kd"]
+    assert box_loss.get("class_reduction", "sum") == "sum"
     crosskd = CrossKD(
-        tap=options["reused_teacher_head_idx"],
+        taps={"cls": tap, "box": tap},
         cls_beta=options["loss_cls_kd"]["beta"],
-        box_loss={"GIoULoss": "giou"}[options["loss_reg_kd"]["type"]],
+        box_loss=RECORDED_BOX_LOSSES[box_loss["type"]],
+        box_temperature=box_loss.get("T", 1.0),
+        normalizer_floor=1e-6,
         weights={
-            "loss_crosskd_cls": options["loss_cls_kd"]["loss_weight"],
-            "loss_crosskd_box": options["loss_reg_kd"]["loss_weight"],
+            term: options[entry]["loss_weight"]
+            for entry, term in (
+                ("loss_cls_kd", "loss_crosskd_cls"),
+                ("loss_reg_kd", "loss_crosskd_box"),
+                ("loss_center_kd", "loss_crosskd_centerness"),
+            )
+            if entry in options
         },
         schedule=always,
     )
@@ -197,8 +240,12 @@ def build_methods(case: Case, student, teacher) -> list:
 
 
 def check_crosskd_head(case: Case) -> None:
-    student, maps = build_model(case, "student", requires_grad=True)
-    teacher, _ = build_model(case, "teacher")
+    if in_front_of_activation(case):  # recorded without its inputs, which are another case's
+        arrays = load(SUITE, case.name.replace("_preact_variant", "")).arrays
+        arrays = {key: value for key, value in arrays.items() if not key.startswith("out.")}
+        case.arrays = {**arrays, **case.arrays}
+    student, maps = openmmlab.build_recorded(case, "student", requires_grad=True)
+    teacher, _ = openmmlab.build_recorded(case, "teacher")
     teacher.eval().requires_grad_(False)
     inputs = openmmlab.batched_inputs(case)
     assert_labels(case, student, maps, inputs)
@@ -217,20 +264,14 @@ def check_crosskd_head(case: Case) -> None:
         for term, value in method(student_run, teacher_run).items()
     }
 
-    recorded = {
-        "out.loss_cls": plain["loss_cls"],
-        "out.loss_bbox": plain["loss_box_reg"],
-        "out.loss_cls_kd": kd["loss_crosskd_cls"],
-        "out.loss_reg_kd": kd["loss_crosskd_box"],
-    }
-    if "loss_pkd" in kd:
-        recorded["out.loss_feat_kd"] = kd["loss_pkd"]
-    assert set(recorded) == {f"out.{key}" for key in case.data["loss_keys"]}
-    for key, value in recorded.items():
-        assert_recorded_sum(case, key, value)
+    assert_entries(case, {**plain, **kd})
     total_kd = sum(kd.values())
     assert_recorded(case, "out.total_kd", total_kd)
     assert_recorded(case, "out.total", total_kd + sum(plain.values()))
+    if "mid.crossed_cls.0" in case.arrays:
+        assert_crossed(case, methods[0], student_run, teacher_run)
+    if in_front_of_activation(case):  # no gradient was recorded
+        return
     assert_gradients(case, total_kd + sum(plain.values()), student, maps)
 
     to_maps, to_parameters = gradients(total_kd, case, student, maps)
@@ -238,20 +279,30 @@ def check_crosskd_head(case: Case) -> None:
     assert_recorded_gradient(case, "out.gradnorm_kd.params", norms(to_parameters))
     without = [name for name, g in zip(case.data["student_param_order"], to_parameters) if not g.any()]
     assert without == case.data["params_without_kd_grad"]
-    if "mid.crossed_cls.0" in case.arrays:
-        assert_taps(case, student_run, teacher_run, methods[0].tap)
 
 
-def assert_taps(case: Case, student_run, teacher_run, position: int) -> None:
-    """The features that are crossed are the recorded ones: those behind the activation."""
+def assert_crossed(case: Case, crosskd: CrossKD, student_run, teacher_run) -> None:
+    """What is crossed and what comes out of the teacher's head are as recorded."""
     for role, run in (("student", student_run), ("teacher", teacher_run)):
         for branch, recorded in (("cls", "cls"), ("box", "reg")):
-            for level, feature in enumerate(run.taps[branch][position]):
+            for level, feature in enumerate(run.taps[branch][crosskd.tap_of[branch]]):
                 assert_recorded(case, f"mid.{role}_{recorded}_tap.{level}", feature)
+    model = student_run.staged.model
+    crossed = crosskd.crossed_outputs(student_run, teacher_run)
+    for recorded, output in RECORDED_OUTPUTS.items():
+        if output in crossed:
+            levels = range(len(case.data["strides"]))
+            maps = [case.tensor(f"mid.crossed_{recorded}.{level}") for level in levels]
+            if case.data["detector"] == "fcos" and recorded == "reg":
+                maps = [x.log() for x in maps]  # recorded behind the exponential
+            expected = torch.cat(openmmlab.flat_outputs(model, **{output: maps})[output], dim=1)
+            assert_close(case, f"mid.crossed_{recorded}", crossed[output], expected)
 
 
 CHECKS = {
     "KDQualityFocalLoss": functools.partial(check_loss, elementwise=_kd_quality_focal),
+    "QualityFocalLoss": functools.partial(check_loss, elementwise=_quality_focal),
+    "DistributionFocalLoss": functools.partial(check_loss, elementwise=_distribution_focal),
     "KnowledgeDistillationKLDivLoss": functools.partial(check_loss, elementwise=_kd_kl_div),
     "GIoULoss": functools.partial(check_loss, elementwise=_giou),
     "IoULoss": functools.partial(check_loss, elementwise=_log_iou),
@@ -260,22 +311,12 @@ CHECKS = {
     "PKDLoss": check_pkd,
     "align_scale": check_align,
     "coder": check_coder,
-    "plain_head_retinanet": check_plain_head,
-    "crosskd_head_retinanet": check_crosskd_head,
-}
-
-PENDING = {
-    "QualityFocalLoss": "the GFL detector (issue 3)",
-    "DistributionFocalLoss": "the GFL detector (issue 3)",
-    **{
-        f"{kind}_{detector}": f"CrossKD on {detector.upper()} (issue 4)"
-        for kind in ("plain_head", "crosskd_head")
-        for detector in ("gfl", "fcos", "atss")
-    },
+    "plain_head": check_plain_head,
+    "crosskd_head": check_crosskd_head,
 }
 
 
 @pytest.mark.parametrize("name", case_names(SUITE))
 def test_recorded_numbers(name):
     case = load(SUITE, name)
-    run_check(kind_of(case), case, CHECKS, PENDING)
+    run_check(kind_of(case), case, CHECKS, pending={})

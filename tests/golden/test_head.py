@@ -7,15 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
-from d2_distill.detectors.box_coder import TwoSidedBox2BoxTransform
+from d2_distill.detectors import OpenMMLabRetinaNet
+from d2_distill.detectors.box_coders import TwoSidedBox2BoxTransform
 from d2_distill.methods import FeatureImitation
 from d2_distill.methods.pairing import FeaturePair
 from d2_distill.schedules import build_schedule
-from d2_distill.staged import Assignment
 
 from . import openmmlab
 from .cases import Case, case_names, load
@@ -61,30 +60,31 @@ def check_retina_loss(case: Case) -> None:
         [case.tensor(f"{name}_{level}").requires_grad_() for level in levels]
         for name in ("cls_logits", "deltas")
     )
-    data, num_classes = case.data, case.data["num_classes"]
-    model = openmmlab.build_retinanet(logits, data["strides"], num_classes, num_convs=1)
+    data = case.data
+    model = openmmlab.build_detector(OpenMMLabRetinaNet, logits, data["strides"], data["num_classes"])
     anchors = model.anchor_generator(logits)
-    instances = []
-    for image in range(len(logits[0])):
-        instances.append(Instances(tuple(data["img_shape"])))
-        instances[-1].gt_boxes = Boxes(case.tensor(f"gt_boxes_{image}"))
-        instances[-1].gt_classes = case.tensor(f"gt_labels_{image}")
-    gt_labels, gt_boxes = model.label_anchors(anchors, instances)
-    assignment = Assignment(torch.stack(gt_labels), torch.stack(gt_boxes), num_classes)
+    assignment = model.assign(
+        anchors,
+        [
+            openmmlab.instances_of(
+                data["img_shape"], case.tensor(f"gt_boxes_{image}"), case.tensor(f"gt_labels_{image}")
+            )
+            for image in range(len(logits[0]))
+        ],
+    )
     assert assignment.normalizer == case.tensor("num_total_pos")
 
-    by_level = zip(levels, torch.stack(gt_labels).split([len(boxes) for boxes in anchors], dim=1))
+    by_level = zip(levels, assignment.labels.split([len(boxes) for boxes in anchors], dim=1))
     for level, labels in by_level:
         recorded = case.tensor(f"labels_{level}").masked_fill(case.tensor(f"label_weights_{level}") == 0, -1)
-        recorded = openmmlab.to_size_outer(recorded.unflatten(1, (-1, 9)), 3, 3, dim=2).flatten(1)
-        assert torch.equal(labels, recorded), f"{case.name}: labels of {level}"
+        assert torch.equal(
+            labels, openmmlab.labels_in_our_order(model, recorded)
+        ), f"{case.name}: labels of {level}"
 
-    ours = [
-        [permute_to_N_HWA_K(openmmlab.to_size_outer(tensor, 3, 3, dim=1), width) for tensor in maps]
-        for maps, width in ((logits, num_classes), (deltas, 4))
-    ]
     with EventStorage():
-        terms = model.losses(anchors, ours[0], gt_labels, ours[1], gt_boxes)
+        terms = model.losses(
+            anchors, openmmlab.flat_outputs(model, logits=logits, deltas=deltas), assignment
+        )
     for term, key in (("loss_cls", "loss_cls_per_level"), ("loss_box_reg", "loss_bbox_per_level")):
         torch.testing.assert_close(terms[term], case.tensor(key).sum(), **case.data["tolerance"])
     sum(terms.values()).backward()

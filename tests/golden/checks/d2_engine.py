@@ -26,7 +26,7 @@ from d2_distill.engine import Trainer
 from d2_distill.student import build_student
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
-from convert_torchvision_resnet import convert  # noqa: E402
+from convert_torchvision_backbone import convert  # noqa: E402
 
 LEFT_OUT = {
     "model_zoo_urls": "the project ships its own base configs and does not use the zoo's table",
