@@ -15,9 +15,29 @@ from ..errors import UserError
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser of ``SOLVER.OPTIMIZER`` over the trainable parameters.
 
+    Where ``SOLVER.CLIP_GRADIENTS`` clips, its CLIP_TYPE may also be "full_model": the norm of all gradients
+    together, not of each parameter's alone as with Detectron2's "norm".
+
     Raises:
         UserError: the name is unknown.
     """
+    clipping = cfg.SOLVER.CLIP_GRADIENTS
+    if not clipping.ENABLED or clipping.CLIP_TYPE != "full_model":
+        return _build_by_name(cfg, model)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False  # Detectron2 does not know this type
+    optimizer = _build_by_name(cfg, model)
+
+    def clip(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, clipping.CLIP_VALUE, clipping.NORM_TYPE)
+
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
+def _build_by_name(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     solver = cfg.SOLVER
     if solver.OPTIMIZER == "SGD":
         return build_sgd(cfg, model)

@@ -20,6 +20,7 @@ from ..checkpoint import require_file
 from ..config import read_config
 from ..data.checks import check_datasets
 from ..data.registration import register_datasets
+from ..evaluation.voc import voc_convention
 from ..student import DISTILLER, build_student, num_classes_key
 from .evaluate import load_student
 from .logs import held_back
@@ -40,6 +41,7 @@ def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
     with held_back():
         cfg = load_config(args.config_file, args.opts)
         register_datasets(cfg)
+        voc_convention(cfg.TEST.VOC_CONVENTION)
         key = num_classes_key(cfg)
         check_datasets(cfg, num_classes=_value(cfg, key), num_classes_key=key, train=not args.eval_only)
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())

@@ -12,7 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +22,7 @@ from ..data.loader import build_train_loader
 from ..data.mapper import CheckedDatasetMapper
 from ..distiller import Distiller
 from ..errors import UserError
+from ..evaluation.voc import VOCEvaluator
 from .hooks import LossNormalizers, SeedEveryStep, StopOnSignal, TrainingClock
 from .optimizer import build_optimizer
 
@@ -62,7 +63,7 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """COCO or Pascal VOC protocol, by the data set's ``evaluator_type``."""
         if MetadataCatalog.get(dataset_name).get("evaluator_type", "coco") == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
+            return VOCEvaluator(dataset_name, cfg.TEST.VOC_CONVENTION)
         return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     @classmethod
