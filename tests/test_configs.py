@@ -1,19 +1,138 @@
-"""Every config in configs/ builds: the detector, and for a distiller its teacher and methods."""
+"""Every config in configs/ builds, with its teacher and methods if it has any, and has the published settings."""
 
 from __future__ import annotations
 
+import re
+import shlex
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from d2_distill import provider
 from d2_distill.engine.setup import load_config
 from d2_distill.methods import build_methods
+from d2_distill.openmmlab import Checkpoint, convert
 from d2_distill.staged import stage_detector
-from d2_distill.student import build_student
+from d2_distill.student import DISTILLER, build_student
 from d2_distill.teacher import Teacher, teacher_config
 
+from .tools import openmmlab_models
+
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import convert_openmmlab  # noqa: E402
+
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+# Configs that follow OpenMMLab's recipe and not Detectron2's.
+OPENMMLAB = re.compile(
+    r"configs/(ld|(baselines|crosskd|imitation)/(.*/)?"
+    r"(gfl|atss|fcos|openmmlab|.*_dist|retinanet_(Swin|MNV2)))"
+)
+TRAINING_IMAGES = {"coco_2017_train": 117266, "voc_2007_trainval": 5011, "voc_2012_trainval": 11540}
+
+# Published settings of configs/ld/ by OpenMMLab's keys: factor of a row, one distribution, in main LD and in VLR LD
+# (loss_weight times an extra factor, over avg_factor); weight and temperature of main KD; weight of the imitation;
+# images a GPU.
+_GFL = (0.25 / 4, 0.25 / 16)
+_MAIN = (0.25 / 4, 0)
+_FULL_KD = (10, 2)
+PUBLISHED = {
+    "COCO-Detection/gfl_R_18_from_R_101_FPN_1x": (*_GFL, _FULL_KD, 0, 3),
+    "COCO-Detection/gfl_R_34_from_R_101_FPN_1x": (*_GFL, _FULL_KD, 0, 3),
+    "COCO-Detection/gfl_R_50_from_R_101_FPN_1x": (*_GFL, _FULL_KD, 0, 2),
+    "COCO-Detection/gfl_R_101_from_R_101_DCN_FPN_2x_ms": (*_GFL, _FULL_KD, 0, 3),
+    "COCO-Detection/gfl_R_50_from_R_101_FPN_1x_finegrained": (*_GFL, _FULL_KD, 2, 2),
+    "COCO-Detection/gfl_R_50_from_R_101_FPN_1x_gibox": (*_GFL, _FULL_KD, 2, 2),
+    "COCO-Detection/gfl_R_18_from_R_101_FPN_1x_gibox": (*_GFL, _FULL_KD, 0.2, 3),
+    "COCO-Detection/gfl_R_18_from_R_101_FPN_1x_main_ld": (*_MAIN, None, 0, 3),
+    "COCO-Detection/gfl_R_34_from_R_101_FPN_1x_main_ld": (*_MAIN, None, 0, 3),
+    "COCO-Detection/gfl_R_50_from_R_101_FPN_1x_main_ld": (*_MAIN, None, 0, 3),
+    "COCO-Detection/gfl_R_101_from_R_101_DCN_FPN_2x_ms_main_ld": (*_MAIN, None, 0, 3),
+    "COCO-Detection/gfl_R_18_from_R_18_FPN_1x_main_ld": (*_MAIN, None, 0, 3),
+    "COCO-Detection/gfl_R_50_from_R_50_FPN_1x_main_ld": (*_MAIN, None, 0, 3),
+    "COCO-Detection/gflv2_R_50_from_R_101_FPN_1x": (*_GFL, _FULL_KD, 0, 3),
+    "COCO-Detection/gflv2_R_50_from_R_101_FPN_1x_gibox": (*_GFL, _FULL_KD, 2, 3),
+    "COCO-Detection/gflv2_R_101_from_R_101_DCN_FPN_2x_ms": (*_GFL, (5, 2), 0, 2),
+    "COCO-Detection/gflv2_R_101_from_R_101_DCN_FPN_2x_ms_gibox": (*_GFL, (5, 2), 2, 2),
+    "COCO-Detection/atss_R_50_from_R_101_FPN_1x": (0.25 / 4, 0.15 * 0.25 / 4, _FULL_KD, 0, 2),
+    "COCO-Detection/fcos_R_50_from_R_101_FPN_1x": (0.25 / 4, 0.25 * 0.25 / 4, _FULL_KD, 0, 2),
+    "COCO-Detection/retinanet_R_50_from_R_101_FPN_1x": (5 / 4, 0.03 * 5 / 4, (10, 8), 0, 2),
+    "PascalVOC-Detection/gfl_R_18_from_R_101_FPN_1x": (*_GFL, _FULL_KD, 0, 3),
+    "PascalVOC-Detection/gfl_R_18_from_R_101_FPN_1x_main_ld": (*_MAIN, None, 0, 3),
+    "PascalVOC-Detection/gfl_R_18_from_R_101_FPN_1x_vlr_kd": (*_GFL, None, 0, 3),
+    "PascalVOC-Detection/gfl_R_18_from_R_101_FPN_1x_gibox": (*_GFL, (3, 10), 0.2, 2),
+    "PascalVOC-Detection/gfl_R_34_from_R_101_DCN_FPN_1x_main_ld": (*_MAIN, None, 0, 3),
+    "PascalVOC-Detection/gfl_R_50_from_R_101_FPN_1x_main_ld": (*_MAIN, None, 0, 3),
+    "PascalVOC-Detection/gfl_R_101_from_R_101_DCN_FPN_1x_main_ld": (*_MAIN, None, 0, 3),
+    "PascalVOC-Detection/gfl_R_18_from_R_18_FPN_3x": (*_GFL, _FULL_KD, 0, 3),
+    "PascalVOC-Detection/gflv2_R_18_from_R_101_FPN_gibox": (*_GFL, (5, 2), 2, 2),
+}
+
+# Settings of configs/crosskd/ as published: where both towers are tapped, weight and exponent of the class
+# term, loss and weight of the box term, weight of the centerness term; weight of PKD.
+_GFL_CROSSKD = (3, (1, 1), ("kl", 4), 0)
+_RETINANET_CROSSKD = (3, (1, 1), ("giou", 1), 0)
+_FCOS_CROSSKD = (2, (0.4, 1), ("iou", 0.75), 0)
+_ATSS_CROSSKD = (3, (1, 1), ("giou", 1), 1)
+PUBLISHED_CROSSKD = {
+    "gfl_R_50_from_R_101_FPN_1x": (_GFL_CROSSKD, 0),
+    "gfl_R_50_from_R_101_FPN_1x_pkd": (_GFL_CROSSKD, 6),
+    "gfl_R_18_from_R_50_FPN_1x": (_GFL_CROSSKD, 0),
+    "openmmlab_retinanet_R_50_from_R_101_FPN_2x": (_RETINANET_CROSSKD, 0),
+    "openmmlab_retinanet_R_50_from_R_101_FPN_2x_pkd": (_RETINANET_CROSSKD, 2),
+    "openmmlab_retinanet_R_18_from_R_50_FPN_1x": (_RETINANET_CROSSKD, 0),
+    "openmmlab_retinanet_R_50_from_Swin_T_FPN_1x": (_RETINANET_CROSSKD, 0),
+    "fcos_R_50_from_R_101_FPN_2x_ms": (_FCOS_CROSSKD, 0),
+    "fcos_R_50_from_R_101_FPN_2x_ms_pkd": (_FCOS_CROSSKD, 2),
+    "atss_R_50_from_R_101_FPN_1x": (_ATSS_CROSSKD, 0),
+    "atss_R_50_from_R_101_FPN_1x_pkd": (_ATSS_CROSSKD, 1),
+    # Pairs of which only results were published: settings of the teacher's detector. GFL has no centerness.
+    "gfl_R_50_from_atss_R_101_FPN_1x": ((*_ATSS_CROSSKD[:3], 0), 0),
+    "gfl_R_50_from_retinanet_R_101_FPN_1x": (_RETINANET_CROSSKD, 0),
+    "openmmlab_retinanet_MNV2_from_R_50_FPN_1x": (_RETINANET_CROSSKD, 0),
+    # Detectron2's own RetinaNet.
+    "retinanet_R_50_from_R_101_FPN_1x": (_RETINANET_CROSSKD, 0),
+    "retinanet_R_50_from_R_101_FPN_1x_pkd": (_RETINANET_CROSSKD, 2),
+    "retinanet_R_18_from_R_50_FPN_1x": (_RETINANET_CROSSKD, 0),
+}
+# Two-stage detectors: weights, and temperature of the class term.
+PUBLISHED_CROSSKD_ROI = {
+    "faster_rcnn_R_18_from_R_50_FPN_1x_roi": ({"loss_crosskd_roi_cls": 0.5, "loss_crosskd_roi_box": 1}, 3)
+}
+# (IoU of the NMS, least score) of each detector in configs/crosskd/, as published.
+PUBLISHED_TEST = {
+    "GFL": (0.6, 0.05),
+    "ATSS": (0.6, 0.05),
+    "RETINANET": (0.5, 0.05),
+    "FCOS": (0.5, 0.05),
+}
+
+# OpenMMLab checkpoints that teachers are converted from: detector, backbone, input channels of P6.
+ORIGINALS = {
+    "gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth": ("gfl", "resnet101", 256),
+    "gfl_r50_fpn_1x_coco_20200629_121244-25944287.pth": ("gfl", "resnet50", 256),
+    "retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth": ("retinanet", "resnet101", 2048),
+    "retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth": ("retinanet", "resnet50", 2048),
+    "retinanet_swin-t-p4-w7_fpn_1x_coco.pth": ("retinanet", "swin", 768),
+    "fcos_r101_caffe_fpn_gn-head_mstrain_640-800_2x_coco-511424d6.pth": ("fcos", "resnet101", 256),
+    "atss_r101_fpn_1x_20200825-dfcadd6f.pth": ("atss", "resnet101", 256),
+}
+SWIN_T = {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": [7, 7]}
+# Keys on which neither weights nor detections depend.
+FOR_TRAINING = re.compile(r"MODEL\.(WEIGHTS|DEVICE|BACKBONE\.FREEZE_AT|DISTILL\..*|\w+\.\w*LOSS\w*)")
+
+
+class NoRandomFill(TorchDispatchMode):
+    """New parameters are 0; drawing them takes most of the time that big detectors need."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            return args[0].zero_()
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)
@@ -22,15 +141,178 @@ def project_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def read(path: str):
+    """A config and that of its teacher, if it has one."""
+    cfg = load_config(path, ["MODEL.DEVICE", "cpu"])
+    return cfg, teacher_config(cfg) if cfg.MODEL.META_ARCHITECTURE == DISTILLER else None
+
+
 @pytest.mark.parametrize("path", CONFIGS)
 def test_builds(path):
-    cfg = load_config(path, [])
-    student = stage_detector(build_student(cfg))
-    assert student.num_classes > 0
-    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+    cfg, other = read(path)
+    deformable = any(any(x.MODEL.RESNETS.DEFORM_ON_PER_STAGE) for x in (cfg, other) if x is not None)
+    refused = deformable and provider.name() == "embedded"
+    expectation = nullcontext()
+    if refused:
+        expectation = pytest.raises(
+            NotImplementedError, match=r"DEFORM_ON_PER_STAGE is .*True.*needs an installed Detectron2"
+        )
+    with expectation, NoRandomFill():
+        student = stage_detector(build_student(cfg))
+        assert student.num_classes > 0
+        if other is not None:
+            teacher = Teacher(build_student(other), input_format=other.INPUT.FORMAT)
+            methods = build_methods(cfg, student, teacher)
+            assert list(methods) == list(cfg.MODEL.DISTILL.METHODS)
+            assert all(method.weights for method in methods.values())
+            if path.startswith("configs/crosskd/"):
+                assert_published_crosskd(Path(path).stem, methods)
+
+
+def assert_published_crosskd(name: str, methods) -> None:
+    if name in PUBLISHED_CROSSKD_ROI:
+        method = methods["CrossKDRoI"]
+        assert (method.weights, method.temperature) == PUBLISHED_CROSSKD_ROI[name]
         return
-    other = teacher_config(cfg)
-    teacher = Teacher(build_student(other), input_format=other.INPUT.FORMAT)
-    methods = build_methods(cfg, student, teacher)
-    assert list(methods) == list(cfg.MODEL.DISTILL.METHODS)
-    assert all(method.weights for method in methods.values())
+    (tap, class_term, box_term, centerness), pkd = PUBLISHED_CROSSKD[name]
+    method = methods["CrossKD"]
+    assert {branch: place.position for branch, place in method.tap_of.items()} == {"cls": tap, "box": tap}
+    assert (method.weights["loss_crosskd_cls"], method.cls_beta) == class_term
+    assert (method.box_loss, method.weights["loss_crosskd_box"]) == box_term
+    assert method.weights.get("loss_crosskd_centerness", 0) == centerness
+    assert method.box_temperature == 1 and not method.adapters
+    assert (methods["PKD"].weights["loss_pkd"] if "PKD" in methods else 0) == pkd
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_weights(name):
+    cfg, _ = read(f"configs/ld/{name}.yaml")
+    node = cfg.MODEL.DISTILL.LD
+    # Ours is the mean over an anchor's distributions, the published loss the sum over rows of one each.
+    distributions = {"edge": 4, "anchor": 1}[node.SOFTMAX]
+    imitates = "FeatureImitation" in cfg.MODEL.DISTILL.METHODS
+    main_kd = (node.MAIN_KD.WEIGHT, node.MAIN_KD.TEMPERATURE) if node.MAIN_KD.WEIGHT else None
+    main_ld, vlr_ld, kd, imitation, images = PUBLISHED[name]
+    assert node.MAIN_LD.WEIGHT / distributions == pytest.approx(main_ld)
+    assert node.VLR_LD.WEIGHT / distributions == pytest.approx(vlr_ld)
+    assert node.MAIN_LD.TEMPERATURE == node.VLR_LD.TEMPERATURE == 10
+    assert main_kd == kd
+    assert bool(node.VLR_KD.WEIGHT) == name.endswith("_vlr_kd")
+    assert cfg.MODEL.DISTILL.IMITATION.WEIGHT * imitates == imitation
+    assert not (imitates and cfg.MODEL.DISTILL.IMITATION.ADAPTER)
+    assert node.REFERENCE_IMAGES == images
+
+
+def test_published_weights_of_all():
+    for folder, names in (("ld", PUBLISHED), ("crosskd", {**PUBLISHED_CROSSKD, **PUBLISHED_CROSSKD_ROI})):
+        expected = {f"configs/{folder}/{name}.yaml" for name in names}
+        assert expected == {path for path in CONFIGS if path.startswith(f"configs/{folder}/")}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_CROSSKD)
+def test_published_students_of_crosskd(name):
+    """What the published students have besides their settings of CrossKD."""
+    cfg, _ = read(f"configs/crosskd/{name}.yaml")
+    family = cfg.MODEL.DISTILL.STUDENT.replace("OpenMMLab", "").upper()
+    node = cfg.MODEL[family]
+    assert (node.NMS_THRESH_TEST, node.SCORE_THRESH_TEST) == PUBLISHED_TEST[family]
+    assert (node.TOPK_CANDIDATES_TEST, cfg.TEST.DETECTIONS_PER_IMAGE) == (1000, 100)
+    if family == "GFL":
+        assert (node.BOX_LOSS, node.NORMALIZER_FLOOR) == ("giou", 1.0)
+    if re.match(r"openmmlab_retinanet_R|gfl|atss|fcos", name):
+        assert cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE == "p5"
+    if family == "FCOS":
+        solver, clipping = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
+        assert (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS) == (2, 0)
+        assert (solver.WARMUP_METHOD, solver.WARMUP_FACTOR) == ("constant", pytest.approx(1 / 3))
+        assert (clipping.CLIP_TYPE, clipping.CLIP_VALUE, clipping.NORM_TYPE) == ("full_model", 35, 2)
+        assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING) == ((640, 800), "choice")
+        assert cfg.INPUT.FORMAT == "BGR" and cfg.MODEL.PIXEL_MEAN == [102.9801, 115.9465, 122.7717]
+    if family == "ATSS":
+        assert cfg.SOLVER.IMS_PER_BATCH == 8 * cfg.SOLVER.REFERENCE_WORLD_SIZE
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if re.search(r"_\dx", path)])
+def test_schedule_is_that_of_the_name(path):
+    """1x is 12 passes over the data."""
+    cfg, _ = read(path)
+    images = sum(TRAINING_IMAGES[name] for name in cfg.DATASETS.TRAIN)
+    passes = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / images
+    assert passes == pytest.approx(12 * int(re.search(r"_(\d)x", path)[1]), rel=0.03)
+    assert all(step < cfg.SOLVER.MAX_ITER for step in cfg.SOLVER.STEPS)
+    if OPENMMLAB.match(path):
+        assert (len(set(cfg.INPUT.MIN_SIZE_TRAIN)) > 1) == ("_ms" in path)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if OPENMMLAB.match(path)])
+def test_solver(path):
+    """A learning rate in proportion to the batch, and no exception for norms in the weight decay."""
+    cfg, _ = read(path)
+    solver = cfg.SOLVER
+    assert solver.BASE_LR / solver.IMS_PER_BATCH == pytest.approx(0.01 / 16)
+    assert solver.WEIGHT_DECAY_NORM == solver.WEIGHT_DECAY == 1e-4
+    assert (solver.MOMENTUM, solver.WARMUP_ITERS) == (0.9, 500)
+    assert solver.CLIP_GRADIENTS.ENABLED == bool(re.search(r"fcos_R_.*_2x_ms(_pkd)?\.yaml", path))
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_output_folders(path):
+    """No run writes into its teacher's folder, and the teacher is looked for where its own config puts it."""
+    cfg, other = read(path)
+    assert cfg.OUTPUT_DIR in ("./output", f"output/{path[len('configs/') : -len('.yaml')]}")
+    if other is None or other.MODEL.WEIGHTS.startswith("detectron2://"):
+        return
+    assert cfg.OUTPUT_DIR != other.OUTPUT_DIR
+    if other.MODEL.WEIGHTS not in CONVERTED:
+        assert other.MODEL.WEIGHTS == f"{other.OUTPUT_DIR}/model_final.pth"
+
+
+def conversion_command(path: str):
+    """Arguments of tools/convert_openmmlab.py in the comment of a config, if it has one."""
+    text = (ROOT / path).read_text()
+    found = re.search(r"# python tools/convert_openmmlab\.py ((?:.*\\\n)*.*)", text)
+    if found:
+        words = shlex.split(re.sub(r"\\\n\s*#", " ", found[1]))
+        return convert_openmmlab.parser().parse_intermixed_args(words)
+
+
+CONVERSIONS = {path: command for path in CONFIGS for command in [conversion_command(path)] if command}
+CONVERTED = {str(command.output) for command in CONVERSIONS.values()}
+
+
+@pytest.mark.parametrize("path", CONVERSIONS)
+def test_converted_teachers(path, monkeypatch):
+    """The command in the comment makes the teacher's weights, for just the model of the teacher's config."""
+    _, other = read(path)
+    command = CONVERSIONS[path]
+    assert other.MODEL.WEIGHTS == str(command.output)
+    layout = Checkpoint(zoo_layout(monkeypatch, *ORIGINALS[str(command.input)]), "")
+    conversion = convert(layout, style=command.style, opts=command.opts)
+    expected, found = (flat(cfg.MODEL, "MODEL") for cfg in (conversion.cfg, other))
+    different = {key for key in found if found[key] != expected[key] and not FOR_TRAINING.fullmatch(key)}
+    if "swin" in other.MODEL.BACKBONE.NAME:
+        different = {key for key in different if not key.startswith("MODEL.RESNETS.")}
+    assert not different and other.INPUT.FORMAT == conversion.cfg.INPUT.FORMAT
+
+
+def zoo_layout(monkeypatch, detector: str, backbone: str, p6_channels: int):
+    """Names and shapes of a published checkpoint."""
+    for name, value in (("CHANNELS", 256), ("NUM_CLASSES", 80), ("NUM_CONVS", 4), ("SWIN", SWIN_T)):
+        monkeypatch.setattr(openmmlab_models, name, value)
+    with torch.device("meta"):
+        if backbone == "swin":
+            body, channels = openmmlab_models.swin_state(openmmlab_models.swin()), [192, 384, 768]
+        else:
+            body = openmmlab_models.resnet_state(openmmlab_models.resnet(backbone))
+            channels = [512, 1024, 2048]
+        neck = openmmlab_models.neck_state(channels, p6_channels=p6_channels, channels=256)
+        return {**body, **neck, **openmmlab_models.head_state(detector)}
+
+
+def flat(node, prefix: str):
+    """Key -> value of a config node, by full names."""
+    values = {}
+    for key, value in node.items():
+        name = f"{prefix}.{key}"
+        values.update(flat(value, name) if hasattr(value, "items") else {name: value})
+    return values
