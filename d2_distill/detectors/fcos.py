@@ -51,7 +51,8 @@ class OpenMMLabFCOS(CenternessDetector):
     The paper's first form (arXiv 1904.01355), which CrossKD uses, is CENTER_SAMPLING_RADIUS 0, DISTANCES
     "exp", CENTERNESS_ON "cls", BOX_LOSS "iou". The improvements of its later releases are
     CENTER_SAMPLING_RADIUS 1.5, DISTANCES "relu", CENTERNESS_ON "box", BOX_LOSS "giou"; AdelaiDet's own also
-    has IOU_OFFSET 1, TOWER_BIAS and SQRT_SCORES. With REG_MAX above 0 it predicts distributions, as localisation distillation needs.
+    has IOU_OFFSET 1, TOWER_BIAS and SQRT_SCORES. With REG_MAX above 0 it predicts distributions, as
+    localisation distillation needs.
 
     Args:
         sqrt_scores: detections are ranked by the square root of class score times centerness.

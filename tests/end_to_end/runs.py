@@ -81,7 +81,8 @@ def write_config(path: Path, *configs: Dict[str, Any]) -> Path:
 
 def distiller(teacher_config: Path, teacher_weights: Path, *methods: str) -> Dict[str, Any]:
     teacher = {"CONFIG_FILE": str(teacher_config), "WEIGHTS": str(teacher_weights)}
-    distill = {"STUDENT": "RetinaNet", "METHODS": list(methods), "TEACHER": teacher, "CROSSKD": {"TAP": 1}}
+    taps = {"CLS_TAP": 1, "BOX_TAP": 1}
+    distill = {"STUDENT": "RetinaNet", "METHODS": list(methods), "TEACHER": teacher, "CROSSKD": taps}
     return {"MODEL": {"META_ARCHITECTURE": "Distiller", "DISTILL": distill}}
 
 

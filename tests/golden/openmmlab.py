@@ -71,8 +71,8 @@ _GFL = {
     "dfl_weight": 0.25,
     "normalizer_floor": 1e-6,
 }
-# Detector -> what makes its anchors, its constructor arguments, and its head's, as in the references' configs.
-# FCOS's assigner is missing: every case has its own ranges of sizes.
+# Detector -> what makes its anchors, its arguments, and its head's; as in the references' configs.
+# FCOS has no assigner: every case has its own ranges of sizes.
 _PUBLISHED: Dict[Type[OneStageDetector], tuple] = {
     GFL: (_ATSS_ANCHORS, _GFL, {}),
     GFLv2: (_ATSS_ANCHORS, _GFL, {"quality_topk": 4, "quality_channels": 64}),
