@@ -40,6 +40,17 @@ def test_no_config_file_no_teacher():
     assert Teacher.from_config(distiller_cfg("RetinaNet", None)) is None
 
 
+def test_a_distilled_student_teaches_the_next(tmp_path):
+    """Under its distillation's own config file, too; the first teacher is not needed any more."""
+    first = save_teacher(tmp_path, "GFL")
+    gone = SavedTeacher(str(tmp_path / "gone.yaml"), str(tmp_path / "gone.pth"))
+    (tmp_path / "chain.yaml").write_text(distiller_cfg("GFL", gone, ["LD"]).dump())
+    chain = SavedTeacher(str(tmp_path / "chain.yaml"), first.weights)
+    teacher = Teacher.from_config(distiller_cfg("GFL", chain, ["LD"]))
+    assert teacher.staged.kind == "GFL"
+    assert teacher.fingerprint() == Teacher.from_config(distiller_cfg("GFL", first, ["LD"])).fingerprint()
+
+
 def test_teacher_may_come_without_its_data(tmp_path):
     cfg = distiller_cfg("RetinaNet", save_teacher(tmp_path, "RetinaNet"))
     row = ("absent_set", str(tmp_path / "absent.json"), str(tmp_path))
