@@ -158,6 +158,11 @@ class Run:
         return self.staged.features(self.images)
 
     @stage
+    def truth(self) -> GroundTruth:
+        """The ground truth of the batch, padded."""
+        return GroundTruth.from_instances(self.gt_instances)
+
+    @stage
     def losses(self) -> Dict[str, torch.Tensor]:
         """The detector's own losses on ground truth, as its ``forward`` returns them in training."""
         raise NotImplementedError
@@ -279,11 +284,6 @@ class DenseRun(Run):
     def anchors(self) -> List[Boxes]:
         """Per level, H*W*A boxes."""
         return self.staged.anchors(list(self.features.values()))
-
-    @stage
-    def truth(self) -> GroundTruth:
-        """The ground truth of the batch, padded."""
-        return GroundTruth.from_instances(self.gt_instances)
 
     @stage
     def valid_anchors(self) -> Optional[torch.Tensor]:

@@ -11,7 +11,7 @@ from ..assigners import Assignment, ATSSAssigner
 from .box_coders import DeltaCoder, DistributionCoder
 from .focal import CenternessDetector
 from .head import TowerHead
-from .one_stage import build_box_loss, common_arguments, square_anchors
+from .one_stage import build_box_loss, common_arguments, head_arguments, square_anchors
 
 
 @META_ARCH_REGISTRY.register()
@@ -34,12 +34,9 @@ class ATSS(CenternessDetector):
         return {
             **arguments,
             "head": TowerHead(
-                input_shape=input_shape,
+                **head_arguments(node, input_shape),
                 num_scores=node.NUM_CLASSES,
                 box_dim=coder.box_dim,
-                conv_dims=[input_shape[0].channels] * node.NUM_CONVS,
-                norm=node.NORM,
-                prior_prob=node.PRIOR_PROB,
                 centerness_on="box",
             ),
             "anchor_generator": square_anchors(input_shape, scale=node.ANCHOR_SCALE, offset=0.0),

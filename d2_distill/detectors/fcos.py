@@ -14,7 +14,7 @@ from ..errors import UserError
 from .box_coders import DistanceCoder, DistributionCoder
 from .focal import CenternessDetector
 from .head import TowerHead
-from .one_stage import Outputs, build_box_loss, common_arguments, square_anchors
+from .one_stage import Outputs, build_box_loss, common_arguments, head_arguments, square_anchors
 
 
 @META_ARCH_REGISTRY.register()
@@ -31,13 +31,7 @@ class FCOS(fcos.FCOS):
         arguments, input_shape = common_arguments(cfg, "FCOS")
         return {
             **arguments,
-            "head": fcos.FCOSHead(
-                input_shape=input_shape,
-                num_classes=node.NUM_CLASSES,
-                conv_dims=[input_shape[0].channels] * node.NUM_CONVS,
-                prior_prob=node.PRIOR_PROB,
-                norm=node.NORM,
-            ),
+            "head": fcos.FCOSHead(num_classes=node.NUM_CLASSES, **head_arguments(node, input_shape)),
             "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
             "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
@@ -76,13 +70,10 @@ class OpenMMLabFCOS(CenternessDetector):
         return {
             **arguments,
             "head": TowerHead(
-                input_shape=input_shape,
+                **head_arguments(node, input_shape),
                 num_scores=node.NUM_CLASSES,
                 box_dim=coder.box_dim,
-                conv_dims=[input_shape[0].channels] * node.NUM_CONVS,
-                norm=node.NORM,
                 tower_bias=node.TOWER_BIAS or not node.NORM,
-                prior_prob=node.PRIOR_PROB,
                 centerness_on=node.CENTERNESS_ON,
             ),
             "anchor_generator": square_anchors(input_shape, scale=1.0, offset=0.5),

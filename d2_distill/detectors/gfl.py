@@ -24,6 +24,7 @@ from .one_stage import (
     build_box_loss,
     common_arguments,
     concatenate_levels,
+    head_arguments,
     square_anchors,
 )
 
@@ -53,15 +54,9 @@ class GFL(OneStageDetector):
     def from_config(cls, cfg) -> Dict[str, Any]:
         node = cfg.MODEL.GFL
         arguments, input_shape = common_arguments(cfg, "GFL")
-        head = {
-            "input_shape": input_shape,
-            "conv_dims": [input_shape[0].channels] * node.NUM_CONVS,
-            "norm": node.NORM,
-            "prior_prob": node.PRIOR_PROB,
-        }
         return {
             **arguments,
-            "head": cls.build_head(node, head),
+            "head": cls.build_head(node, head_arguments(node, input_shape)),
             "anchor_generator": square_anchors(input_shape, scale=node.ANCHOR_SCALE, offset=0.0),
             "assigner": ATSSAssigner(node.ATSS_TOPK),
             "box_coder": DistributionCoder(node.REG_MAX),

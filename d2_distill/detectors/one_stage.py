@@ -323,6 +323,16 @@ def common_arguments(cfg, family: str) -> Tuple[Dict[str, Any], List[ShapeSpec]]
     return arguments, [shapes[name] for name in node.IN_FEATURES]
 
 
+def head_arguments(node, input_shape: List[ShapeSpec]) -> Dict[str, Any]:
+    """Arguments of a head that all one-stage detectors read alike from their node."""
+    return {
+        "input_shape": input_shape,
+        "conv_dims": [input_shape[0].channels] * node.NUM_CONVS,
+        "norm": node.NORM,
+        "prior_prob": node.PRIOR_PROB,
+    }
+
+
 def build_box_loss(name: str, key: str, **options) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The box loss that a config names, with its options bound.
 

@@ -14,7 +14,7 @@ from ..losses import weighted_mean
 from .box_coders import DeltaCoder, DistributionCoder
 from .focal import FocalDetector
 from .head import TowerHead
-from .one_stage import build_box_loss, common_arguments, concatenate_levels
+from .one_stage import build_box_loss, common_arguments, concatenate_levels, head_arguments
 
 
 @META_ARCH_REGISTRY.register()
@@ -50,14 +50,11 @@ class OpenMMLabRetinaNet(FocalDetector):
         return {
             **arguments,
             "head": TowerHead(
-                input_shape=input_shape,
+                **head_arguments(node, input_shape),
                 num_scores=node.NUM_CLASSES,
                 box_dim=coder.box_dim,
                 num_anchors=anchor_generator.num_anchors[0],
-                conv_dims=[input_shape[0].channels] * node.NUM_CONVS,
-                norm=node.NORM,
                 tower_bias=True,
-                prior_prob=node.PRIOR_PROB,
                 use_scale=False,
             ),
             "anchor_generator": anchor_generator,

@@ -11,7 +11,6 @@ from typing import Callable, Dict, Tuple
 import torch
 from detectron2.structures import Boxes
 
-from ..assigners import GroundTruth
 from ..geometry import centers_of
 from ..regions import finegrained_region, general_instance_rows, inside_boxes
 from ..staged import DenseRun, Run
@@ -68,8 +67,7 @@ def inside_gt(student: Run, teacher: Run) -> torch.Tensor:
     else:
         strides = [shape.stride for shape in student.staged.feature_shapes().values()]
         points = torch.cat([_cell_centers(*level) for level in zip(student.features.values(), strides)])
-    truth = GroundTruth.from_instances(student.gt_instances)
-    return inside_boxes(points, truth.boxes, truth.valid)
+    return inside_boxes(points, student.truth.boxes, student.truth.valid)
 
 
 def _cell_centers(feature: torch.Tensor, stride: int) -> torch.Tensor:
