@@ -9,9 +9,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import Boxes, Instances
+from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.structures import Instances
+from torch import nn
 
 from ..staged import Assignment, Run, StagedDense, StagedDetector, Tower, register_staged, stage
+from .regions import RegionStage, StagedRegions
 
 
 @register_staged(RetinaNet)
@@ -52,7 +55,16 @@ class StagedFCOS(StagedRetinaNet):
 
 @register_staged(GeneralizedRCNN)
 class StagedRCNN(StagedDetector):
-    """Two-stage detectors: features, proposals, RoI heads."""
+    """Two-stage detectors: features, proposals, RoI heads.
+
+    Attributes:
+        regions: the RoI heads in stages, if they are StandardROIHeads with boxes only; None for any other RoI heads,
+            which run as a whole.
+    """
+
+    def __init__(self, model: GeneralizedRCNN) -> None:
+        super().__init__(model)
+        self.regions = StagedRegions(model.roi_heads) if _is_one_box_branch(model.roi_heads) else None
 
     @property
     def num_classes(self) -> int:
@@ -61,22 +73,6 @@ class StagedRCNN(StagedDetector):
     def feature_shapes(self) -> Dict[str, ShapeSpec]:
         shapes = self.model.backbone.output_shape()
         return dict(sorted(shapes.items(), key=lambda item: item[1].stride))
-
-    def predict_regions(
-        self, features: Dict[str, torch.Tensor], boxes: List[Boxes]
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The box head of StandardROIHeads on the R boxes of all images.
-
-        Args:
-            features: (N, C, H, W) of each name that the head reads; they may be another detector's.
-            boxes: per image, in pixels of the batch.
-
-        Returns:
-            class logits (R, K + 1), background last, and box deltas (R, 4K), or (R, 4) if they are class-agnostic.
-        """
-        heads = self.model.roi_heads
-        pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
-        return heads.box_predictor(heads.box_head(pooled))
 
     def run(self, images, gt_instances=None, *, taps=None, frozen=False) -> "RCNNRun":
         return RCNNRun(self, images, gt_instances, taps or {}, frozen)
@@ -95,15 +91,31 @@ class RCNNRun(Run):
         return self._rpn[0]
 
     @stage
-    def _rois(self):
-        roi_heads = self.staged.model.roi_heads
-        return roi_heads(self.images, self.features, self.proposals, self.gt_instances)
+    def regions(self) -> List[RegionStage]:
+        """The box branch on the sampled proposals, in training; nothing if the RoI heads run as a whole."""
+        if self.staged.regions is None:
+            return []
+        sampled = self.staged.model.roi_heads.label_and_sample_proposals(self.proposals, self.gt_instances)
+        return self.staged.regions.run(self.features, sampled, self.gt_instances)
+
+    @stage
+    def _rois(self) -> Tuple[List[Instances], Dict[str, torch.Tensor]]:
+        """Sampled proposals and losses of the RoI heads."""
+        if self.regions:
+            return self.regions[0].proposals, self.staged.regions.losses(self.regions)
+        return self.staged.model.roi_heads(self.images, self.features, self.proposals, self.gt_instances)
 
     @property
     def sampled_proposals(self) -> List[Instances]:
-        """Per image, in training: the proposals that the losses of StandardROIHeads are on, with ``gt_classes``."""
-        return self._rois[0]
+        """Per image, in training: the proposals that the RoI losses are on, with ``gt_classes``."""
+        return self.regions[0].proposals if self.regions else self._rois[0]
 
     @stage
     def losses(self) -> Dict[str, torch.Tensor]:
         return {**self._rois[1], **self._rpn[1]}
+
+
+def _is_one_box_branch(roi_heads: nn.Module) -> bool:
+    # Attributes of Detectron2's own; the embedded one has boxes only.
+    more = ("mask_on", "keypoint_on", "train_on_pred_boxes")
+    return type(roi_heads) is StandardROIHeads and not any(getattr(roi_heads, key, False) for key in more)

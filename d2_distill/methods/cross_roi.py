@@ -7,9 +7,9 @@ from typing import Any, Dict
 import torch
 import torch.nn.functional as F
 from detectron2.modeling.roi_heads import StandardROIHeads
-from torch import nn
 
 from ..data.classes import dataset_classes
+from ..detectors.regions import StagedRegions
 from ..detectors.stock import RCNNRun, StagedRCNN
 from ..errors import UserError
 from ..losses import kd_kl_div_loss, weighted_mean
@@ -61,14 +61,15 @@ class CrossKDRoI(DistillMethod):
     def forward(self, student: RCNNRun, teacher: RCNNRun) -> Dict[str, torch.Tensor]:
         boxes = [proposals.proposal_boxes for proposals in student.sampled_proposals]
         features = {theirs: student.features[ours] for theirs, ours in self.levels.items()}
-        logits, deltas = teacher.staged.predict_regions(features, boxes)
+        regions = StagedRegions(teacher.staged.model.roi_heads)
+        outputs = regions.stage(0, features, boxes)
         with torch.no_grad():
-            target_logits, target_deltas = teacher.staged.predict_regions(teacher.features, boxes)
+            targets = regions.stage(0, teacher.features, boxes)
         losses = {}
         if "loss_crosskd_roi_cls" in self.weights:
-            losses["loss_crosskd_roi_cls"] = kd_kl_div_loss(logits, target_logits, self.temperature)
+            losses["loss_crosskd_roi_cls"] = kd_kl_div_loss(outputs.logits, targets.logits, self.temperature)
         if "loss_crosskd_roi_box" in self.weights:
-            distances = F.l1_loss(deltas, target_deltas, reduction="none").unflatten(1, (-1, 4))
+            distances = F.l1_loss(outputs.deltas, targets.deltas, reduction="none").unflatten(1, (-1, 4))
             losses["loss_crosskd_roi_box"] = distances.sum(dim=2).mean(dim=1)
         # An empty sum is 0; its mean would not be a number.
         return {term: weighted_mean(loss, None, max(len(loss), 1)) for term, loss in losses.items()}
@@ -83,7 +84,7 @@ def _require_standard_heads(student: StagedDetector, teacher: StagedDetector) ->
                 "both must be GeneralizedRCNN with MODEL.ROI_HEADS.NAME 'StandardROIHeads'. CrossKD serves one-stage "
                 "detectors, PKD and FeatureImitation any pair."
             )
-    if isinstance(teacher.model.roi_heads.box_predictor, nn.ModuleList):
+    if StagedRegions(teacher.model.roi_heads).num_stages > 1:
         raise UserError(
             "CrossKDRoI cannot use a teacher with a cascade of box heads; choose one whose MODEL.ROI_HEADS.NAME is "
             "'StandardROIHeads', or PKD or FeatureImitation."

@@ -36,6 +36,18 @@ def test_scalars():
         storage.put_scalar("a", 1.0, smoothing_hint=False)
 
 
+def test_name_scopes():
+    storage = EventStorage()
+    with storage.name_scope("stage0"):
+        storage.put_scalar("a", 1.0)
+        with storage.name_scope("inner/"):
+            storage.put_scalars(a=2.0)
+        storage.put_scalar("b", 3.0)
+    storage.put_scalar("a", 4.0)
+    scalars = {name: value for name, (value, _) in storage.latest().items()}
+    assert scalars == {"stage0/a": 1.0, "inner/a": 2.0, "stage0/b": 3.0, "a": 4.0}
+
+
 def test_json_lines_are_appended_once(tmp_path):
     path = tmp_path / "metrics.json"
     for start in (0, 2):

@@ -8,7 +8,8 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from typing import Dict, List, Optional, Tuple
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fvcore.common.history_buffer import HistoryBuffer
@@ -36,6 +37,7 @@ class EventStorage:
         self._histories: Dict[str, HistoryBuffer] = defaultdict(HistoryBuffer)
         self._smoothing_hints: Dict[str, bool] = {}
         self._latest: Dict[str, Tuple[float, int]] = {}
+        self._prefix = ""
 
     def put_scalar(
         self, name: str, value: float, smoothing_hint: bool = True, cur_iter: Optional[int] = None
@@ -46,7 +48,7 @@ class EventStorage:
             smoothing_hint: whether the value is noisy, so that writers show a median; the same at every call.
             cur_iter: its iteration, if not the current one.
         """
-        value = float(value)
+        name, value = self._prefix + name, float(value)
         iteration = self.iter if cur_iter is None else cur_iter
         hint = self._smoothing_hints.setdefault(name, smoothing_hint)
         assert hint == smoothing_hint, f"{name} was put with smoothing_hint={hint} before."
@@ -59,6 +61,15 @@ class EventStorage:
         """Add a value to each of the scalars named by the keywords."""
         for name, value in kwargs.items():
             self.put_scalar(name, value, smoothing_hint=smoothing_hint, cur_iter=cur_iter)
+
+    @contextmanager
+    def name_scope(self, name: str) -> Iterator[None]:
+        """Scalars put inside are called ``<name>/...``; a scope inside replaces it."""
+        outer, self._prefix = self._prefix, name.rstrip("/") + "/"
+        try:
+            yield
+        finally:
+            self._prefix = outer
 
     def history(self, name: str) -> HistoryBuffer:
         """KeyError if nothing was put under this name."""

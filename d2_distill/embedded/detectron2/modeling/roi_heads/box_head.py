@@ -66,3 +66,8 @@ class FastRCNNConvFCHead(nn.Sequential):
             "fc_dims": [head.FC_DIM] * head.NUM_FC,
             "conv_norm": head.NORM,
         }
+
+
+def build_box_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
+    """The box head named by MODEL.ROI_BOX_HEAD.NAME."""
+    return ROI_BOX_HEAD_REGISTRY.get(cfg.MODEL.ROI_BOX_HEAD.NAME)(cfg, input_shape)

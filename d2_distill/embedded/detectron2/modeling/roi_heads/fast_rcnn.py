@@ -167,10 +167,17 @@ class FastRCNNOutputLayers(nn.Module):
         self, predictions: Predictions, proposals: List[Instances],
     ) -> Tuple[List[Instances], List[Tensor]]:
         """Detections of every image, see :func:`fast_rcnn_inference`."""
-        scores, deltas = predictions
-        sources = Boxes.cat([p.proposal_boxes for p in proposals]).tensor
-        per_image = [len(p) for p in proposals]
         return fast_rcnn_inference(
-            self.box2box_transform.apply_deltas(deltas, sources).split(per_image),
-            scores.softmax(dim=-1).split(per_image), [p.image_size for p in proposals],
+            self.predict_boxes(predictions, proposals), self.predict_probs(predictions, proposals),
+            [p.image_size for p in proposals],
             self.test_score_thresh, self.test_nms_thresh, self.test_topk_per_image)
+
+    def predict_boxes(self, predictions: Predictions, proposals: List[Instances]) -> Sequence[Tensor]:
+        """Per image, boxes (R, 4K or 4) of the regions, not clipped."""
+        sources = Boxes.cat([p.proposal_boxes for p in proposals]).tensor
+        boxes = self.box2box_transform.apply_deltas(predictions[1], sources)
+        return boxes.split([len(p) for p in proposals])
+
+    def predict_probs(self, predictions: Predictions, proposals: List[Instances]) -> Sequence[Tensor]:
+        """Per image, probabilities (R, K + 1) of the classes and the background."""
+        return predictions[0].softmax(dim=-1).split([len(p) for p in proposals])

@@ -17,7 +17,7 @@ from ..matcher import Matcher
 from ..poolers import ROIPooler
 from ..proposal_generator.proposal_utils import add_ground_truth_to_proposals
 from ..sampling import subsample_labels
-from .box_head import ROI_BOX_HEAD_REGISTRY
+from .box_head import build_box_head
 from .fast_rcnn import FastRCNNOutputLayers
 
 ROI_HEADS_REGISTRY = Registry("ROI_HEADS")
@@ -52,26 +52,39 @@ class StandardROIHeads(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
-        heads, box_branch = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-        shapes = [input_shape[name] for name in heads.IN_FEATURES]
-        channels = {shape.channels for shape in shapes}
-        assert len(channels) == 1, f"MODEL.ROI_HEADS.IN_FEATURES must have equal channels, got {channels}."
-        side = box_branch.POOLER_RESOLUTION
-        pooled_shape = ShapeSpec(channels=channels.pop(), height=side, width=side)
-        box_head = ROI_BOX_HEAD_REGISTRY.get(box_branch.NAME)(cfg, pooled_shape)
+        heads = cfg.MODEL.ROI_HEADS
         return {
             "num_classes": heads.NUM_CLASSES,
             "batch_size_per_image": heads.BATCH_SIZE_PER_IMAGE,
             "positive_fraction": heads.POSITIVE_FRACTION,
             "proposal_matcher": Matcher(heads.IOU_THRESHOLDS, heads.IOU_LABELS),
             "proposal_append_gt": heads.PROPOSAL_APPEND_GT,
-            "box_in_features": heads.IN_FEATURES,
-            "box_pooler": ROIPooler(
-                side, [1.0 / shape.stride for shape in shapes], box_branch.POOLER_SAMPLING_RATIO,
-                box_branch.POOLER_TYPE),
-            "box_head": box_head,
-            "box_predictor": FastRCNNOutputLayers(cfg, box_head.output_shape),
+            **cls._init_box_head(cfg, input_shape),
         }
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
+        pooling, pooled_shape = cls._init_pooling(cfg, input_shape)
+        box_head = build_box_head(cfg, pooled_shape)
+        return {
+            **pooling, "box_head": box_head, "box_predictor": FastRCNNOutputLayers(cfg, box_head.output_shape)
+        }
+
+    @staticmethod
+    def _init_pooling(
+        cfg: CfgNode, input_shape: Dict[str, ShapeSpec]
+    ) -> Tuple[Dict[str, Any], ShapeSpec]:
+        """Arguments that say what is pooled and how, and the shape of a pooled region."""
+        names, box_branch = cfg.MODEL.ROI_HEADS.IN_FEATURES, cfg.MODEL.ROI_BOX_HEAD
+        shapes = [input_shape[name] for name in names]
+        channels = {shape.channels for shape in shapes}
+        assert len(channels) == 1, f"MODEL.ROI_HEADS.IN_FEATURES must have equal channels, got {channels}."
+        side = box_branch.POOLER_RESOLUTION
+        pooler = ROIPooler(
+            side, [1.0 / shape.stride for shape in shapes], box_branch.POOLER_SAMPLING_RATIO,
+            box_branch.POOLER_TYPE)
+        pooled_shape = ShapeSpec(channels=channels.pop(), height=side, width=side)
+        return {"box_in_features": names, "box_pooler": pooler}, pooled_shape
 
     def forward(
         self, images: ImageList, features: Dict[str, Tensor], proposals: List[Instances],
@@ -80,14 +93,22 @@ class StandardROIHeads(nn.Module):
         """In training (sampled proposals, losses), otherwise (detections, {})."""
         if self.training:
             proposals = self.label_and_sample_proposals(proposals, targets)
-            return proposals, self.box_predictor.losses(self._predict(features, proposals), proposals)
-        detections, _ = self.box_predictor.inference(self._predict(features, proposals), proposals)
-        return detections, {}
+            return proposals, self._losses(features, proposals, targets)
+        return self._detect(features, proposals), {}
 
-    def _predict(self, features: Dict[str, Tensor], proposals: List[Instances]):
+    def _losses(
+        self, features: Dict[str, Tensor], proposals: List[Instances], targets: List[Instances]
+    ) -> Dict[str, Tensor]:
+        predictions = self.box_predictor(self.box_head(self._pool(features, proposals)))
+        return self.box_predictor.losses(predictions, proposals)
+
+    def _detect(self, features: Dict[str, Tensor], proposals: List[Instances]) -> List[Instances]:
+        predictions = self.box_predictor(self.box_head(self._pool(features, proposals)))
+        return self.box_predictor.inference(predictions, proposals)[0]
+
+    def _pool(self, features: Dict[str, Tensor], proposals: List[Instances]) -> Tensor:
         maps = [features[name] for name in self.box_in_features]
-        pooled = self.box_pooler(maps, [p.proposal_boxes for p in proposals])
-        return self.box_predictor(self.box_head(pooled))
+        return self.box_pooler(maps, [p.proposal_boxes for p in proposals])
 
     @torch.no_grad()
     def label_and_sample_proposals(
