@@ -10,6 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from .errors import UserError
+from .slimmable_weights import fit_to_model, require_filled
 
 
 class _ExactCheckpointer(DetectionCheckpointer):
@@ -18,6 +19,25 @@ class _ExactCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Any) -> Any:
         self.incompatible = super()._load_model(checkpoint)
         return self.incompatible
+
+
+class TrainingCheckpointer(_ExactCheckpointer):
+    """Detectron2's, which also takes published weights of slimmable networks, under any file name.
+
+    Loading raises UserError where a slimmable backbone is not filled completely, or where the model has none for
+    such weights.
+    """
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        rest = super().load(path, *args, **kwargs)
+        if path:
+            require_filled(self.model, self.incompatible.missing_keys, path)
+        return rest
+
+    def _load_file(self, filename: str) -> Any:
+        checkpoint = super()._load_file(filename)
+        checkpoint["model"] = fit_to_model(checkpoint["model"], self.model, filename)
+        return checkpoint
 
 
 def require_file(weights: str, *, key: str) -> None:
@@ -37,6 +57,8 @@ def readable(weights: str, *, key: str) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # whatever unpickling, the network or the conversion of names raises
         reason = " ".join(str(error).split()).partition(". ")[0]  # torch goes on at length
         raise UserError(f"{key}: {weights} cannot be read as a checkpoint ({reason}); replace it.") from error

@@ -65,8 +65,8 @@ def _add_backbone_config(cfg: CN) -> None:
     # Batch norms of the backbone use their running statistics and do not update them, while weight and bias are
     # trained (OpenMMLab's norm_eval). For RESNETS.NORM "BN"; stages below FREEZE_AT are frozen altogether.
     cfg.MODEL.BACKBONE.FIXED_BN_STATISTICS = False
-    # Of the FPN builders below and build_p3p7_resnet_fpn_backbone: what stands above P5, "P6P7" (convolutions, for
-    # one-stage detectors) or "MaxPool" (P6 alone, for two-stage ones).
+    # Of the FPN builders below and build_p3p7_resnet_fpn_backbone: what stands above P5: "P6P7" (convolutions, for
+    # one-stage detectors), "P6" (the first of them, for low-resolution ones), "MaxPool" (P6 for two-stage ones) or "".
     cfg.MODEL.FPN.TOP_BLOCK = "P6P7"
     # What P6 is convolved from, "p5" or "res5", and whether there is a ReLU between P6 and P7. RetinaNet: "res5" and
     # True (as in Detectron2) or False (OpenMMLab); FCOS: "p5", True.
@@ -86,6 +86,28 @@ def _add_backbone_config(cfg: CN) -> None:
     mobilenet_v2.OUT_STAGES = (1, 2, 4, 7)
     # Pad convolutions of stride 2 at the bottom and the right only, for weights that were trained with TensorFlow.
     mobilenet_v2.SAME_PADDING = False
+
+    # build_slimmable_resnet_fpn_backbone and build_slimmable_mobilenet_v2_fpn_backbone (MSAD): networks whose weights
+    # hold several widths, of which one is built.
+    slimmable = cfg.MODEL.SLIMMABLE = CN()
+    # "BN", "SyncBN" or "FrozenBN".
+    slimmable.NORM = "BN"
+    # Of the ResNet: 50, 101 or 152.
+    slimmable.DEPTH = 50
+    # One of WIDTH_MULT_LIST, the widths in the order in which public weights were trained; MobileNetV2's are 0.35, 0.5,
+    # 0.75, 1.0.
+    slimmable.WIDTH_MULT = 1.0
+    slimmable.WIDTH_MULT_LIST = [0.25, 0.5, 0.75, 1.0]
+
+    # build_low_resolution_backbone: a detector that sees every FACTOR-th row and column of its images, while boxes stay
+    # in pixels of the whole ones.
+    low_resolution = cfg.MODEL.LOW_RESOLUTION = CN()
+    # Builder of the pyramid that reads the small images.
+    low_resolution.BACKBONE = "build_p3p7_resnet_fpn_backbone"
+    # 2 or 4.
+    low_resolution.FACTOR = 2
+    # Pad images to detect as for training (800x1333 to 1024x1536), as published, not as little as possible.
+    low_resolution.ALIGN_TEST = False
 
     # build_swin_fpn_backbone; the defaults are Swin-T. S: DEPTHS [2, 2, 18, 2]; B: also EMBED_DIM 128 and NUM_HEADS
     # [4, 8, 16, 32].
@@ -139,8 +161,14 @@ def _add_detector_configs(cfg: CN) -> None:
     fcos.BOX_LOSS_WEIGHT = 1.0
     # Added to intersection and union, in strides, by "giou", "iou" and "linear_iou".
     fcos.IOU_OFFSET = 0.0
-    # Rank detections by the square root of class score times centerness.
-    fcos.SQRT_SCORES = False
+    # Whether the layers that predict boxes and centerness have a bias; MSAD's have none.
+    fcos.PREDICTOR_BIAS = True
+    # "openmmlab": the best locations of a level with all their classes, and the score is class score times centerness;
+    # "adelaidet": the best pairs of location and class, whose boxes are clipped only after the suppression (off if
+    # NMS_THRESH_TEST <= 0), the score is the root of that product, and equals of the last detection stay.
+    fcos.INFERENCE = "openmmlab"
+    # "adelaidet": SCORE_THRESH_TEST is for class score times centerness, not for the class score alone.
+    fcos.THRESH_WITH_CTR = False
 
     atss = cfg.MODEL.ATSS = dense_head()
     atss.FOCAL_LOSS_ALPHA = 0.25
@@ -171,6 +199,20 @@ def _add_detector_configs(cfg: CN) -> None:
     gfl.QUALITY_TOPK = 4
     gfl.QUALITY_CHANNELS = 64
 
+    # MultiScaleDetector, MSAD's teacher: one detector trained on high and low resolution and on the fusion of both.
+    msad = cfg.MODEL.MSAD = CN()
+    # Meta-architecture of the detector, whose backbone is a pyramid from P2 on.
+    msad.DETECTOR = "OpenMMLabFCOS"
+    msad.FACTOR = 2
+    # Factor on the losses of the fused maps.
+    msad.JOINT_WEIGHT = 0.4
+    # "per_image" or, as in the first published code, the scores of the "first_image" for the whole batch.
+    msad.FUSION_SCORE = "per_image"
+    # Channels of the concatenated maps over hidden channels of the layer that scores them.
+    msad.FUSION_REDUCTION = 16
+    # What detects: "fused", "high" or "low" resolution.
+    msad.TEST_BRANCH = "fused"
+
     # OpenMMLabRetinaNet reads MODEL.RETINANET and these.
     cfg.MODEL.RETINANET.REG_MAX = 0
     cfg.MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT = 1.0
@@ -184,7 +226,7 @@ def _add_distiller_config(cfg: CN) -> None:
     # Names from DISTILL_METHOD_REGISTRY; their loss terms add up.
     distill.METHODS = ()
     # Dotted module names copied from the teacher into the student before training (HEAD's "weight transfer"),
-    # e.g. ("head",). Shapes must agree; the copies stay trainable.
+    # e.g. ("head",), or "student name=teacher name". Shapes must agree; the copies stay trainable.
     distill.INHERIT = ()
 
     distill.TEACHER = CN()
@@ -194,6 +236,8 @@ def _add_distiller_config(cfg: CN) -> None:
     distill.TEACHER.WEIGHTS = ""
     # Overrides of the teacher's config: a flat list of keys and values.
     distill.TEACHER.OPTS = []
+    # Batch norms of the teacher use, and update, the statistics of each batch: MSAD's published code only.
+    distill.TEACHER.BATCH_STATISTICS = False
 
     # SCHEDULE of every method: factors on its weights by iteration, which are multiplied, e.g.
     # [["Warmup", 2000], ["EarlyStop", 58640]]; see schedules.py.
@@ -281,3 +325,48 @@ def _add_distiller_config(cfg: CN) -> None:
     # Leave the positives out of the region (the published RetinaNet; always so for "inside_box").
     ld.VLR.EXCLUDE_POSITIVES = False
     ld.SCHEDULE = []
+
+    # HEAD (ECCV 2022): a detection head of the teacher's kind, the assistant, is trained on the student's features and
+    # imitates the teacher (AKD); the student imitates the teacher across kinds (CKD). Weights of 0 leave a part out;
+    # with AKD and CKD at 0 ("assist only") no teacher is needed. A one-stage student proposes regions to an R-CNN
+    # assistant as MODEL.RPN.PRE_NMS_TOPK_TRAIN, POST_NMS_TOPK_TRAIN, NMS_THRESH and MODEL.PROPOSAL_GENERATOR.MIN_SIZE
+    # say. Without a teacher, MODEL.ROI_HEADS and MODEL.ROI_BOX_HEAD describe the assistant, else those of the teacher.
+    head = distill.HEAD = CN()
+    head.ASSIST_WEIGHT = 1.0
+    head.AKD_WEIGHT = 2.0
+    head.CKD_WEIGHT = 2.0
+    # What the assistant starts from: "teacher", a copy of its head, or "fresh".
+    head.ASSISTANT_INIT = "teacher"
+    # Student features that an R-CNN assistant reads, fine to coarse. () takes the finest of a one-stage student, as many
+    # as the teacher's head reads (four without a teacher), and those of the teacher's strides of a two-stage one.
+    head.IN_FEATURES = ()
+    # CKD, one-stage students: one linear layer for each anchor of a cell, not one for all.
+    head.PER_ANCHOR = False
+    # CKD, one-stage students: tower blocks in front of what imitates; -1: all of the tower.
+    head.CKD_TAP = -1
+    # Of the assistant's own losses, of AKD and of CKD.
+    head.ASSIST_SCHEDULE = []
+    head.AKD_SCHEDULE = [["Warmup", 2000]]
+    head.CKD_SCHEDULE = [["Warmup", 2000]]
+
+    # TF-HEAD, without a teacher: a one-stage student imitates assistants of other kinds that learn from the labels.
+    tf_head = distill.TF_HEAD = CN()
+    # Meta-architecture of the one-stage assistant, which reads its usual keys; "" for none.
+    tf_head.DENSE_ASSISTANT = "OpenMMLabFCOS"
+    # Factors on the assistants' own losses. RCNN_WEIGHT 0: no R-CNN assistant, see MODEL.DISTILL.HEAD for its keys.
+    tf_head.DENSE_WEIGHT = 0.5
+    tf_head.RCNN_WEIGHT = 1.0
+    tf_head.CROSS_DENSE_WEIGHT = 1.0
+    tf_head.CROSS_RCNN_WEIGHT = 1.3
+    tf_head.IN_FEATURES = ()
+    tf_head.PER_ANCHOR = True
+    tf_head.ASSIST_SCHEDULE = [["Warmup", 2000]]
+    # The mimicry stops at the first drop of the learning rate.
+    tf_head.CROSS_SCHEDULE = [["Warmup", 2000], ["EarlyStop", 58640]]
+
+    # MSAD (CVPR 2021): L1 distance of a low-resolution student's FPN maps to the fused maps of a MultiScaleDetector.
+    msad = distill.MSAD = CN()
+    # Published as KD_ALPHA 0.2 times KD_TEMPERATURE 3.
+    msad.WEIGHT = 0.6
+    msad.IN_FEATURES = ()
+    msad.SCHEDULE = [["Warmup", 500]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
@@ -16,6 +17,8 @@ from .methods.pairing import require_teacher
 from .staged import Run, Taps, stage_detector
 from .student import build_student
 from .teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 # Training steps of this process in which every term is checked for finiteness and for a path to the student.
 CHECKED_STEPS = 3
@@ -32,11 +35,18 @@ class Distiller(nn.Module):
         teacher: None for methods that need none.
         methods: name -> :class:`~d2_distill.methods.DistillMethod`.
         input_format: channel order of the student's images.
+        inherited: what the student starts with from the teacher, see :func:`inherit`.
     """
 
     @configurable
     def __init__(
-        self, *, student: nn.Module, teacher: Optional[Teacher], methods: nn.ModuleDict, input_format: str
+        self,
+        *,
+        student: nn.Module,
+        teacher: Optional[Teacher],
+        methods: nn.ModuleDict,
+        input_format: str,
+        inherited: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.student = student
@@ -46,6 +56,8 @@ class Distiller(nn.Module):
         self.input_format = input_format
         self._normalises_alike = teacher is not None and teacher.normalises_like(student, input_format)
         self._unchecked_steps = CHECKED_STEPS
+        self.inherited = inherited
+        self.inherit()
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
@@ -55,10 +67,24 @@ class Distiller(nn.Module):
         with torch.random.fork_rng(devices=[]):
             teacher = Teacher.from_config(cfg)
             methods = build_methods(cfg, stage_detector(student), teacher)
-        prefixes = cfg.MODEL.DISTILL.INHERIT
-        if prefixes:
-            inherit(student, require_teacher(teacher, "MODEL.DISTILL.INHERIT").model, prefixes)
-        return {"student": student, "teacher": teacher, "methods": methods, "input_format": cfg.INPUT.FORMAT}
+        return {
+            "student": student,
+            "teacher": teacher,
+            "methods": methods,
+            "input_format": cfg.INPUT.FORMAT,
+            "inherited": tuple(cfg.MODEL.DISTILL.INHERIT),
+        }
+
+    def inherit(self) -> None:
+        """Give the student what it inherits. To be called again when other weights were loaded into it."""
+        if not self.inherited:
+            return
+        teacher = require_teacher(self.teacher, "MODEL.DISTILL.INHERIT")
+        inherit(self.student, teacher.model, self.inherited)
+        logger.info(
+            "The student starts with the teacher's weights (fingerprint %s) in %s",
+            teacher.fingerprint(), ", ".join(self.inherited),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -101,14 +127,19 @@ class Distiller(nn.Module):
         return losses
 
 
-def inherit(student: nn.Module, teacher: nn.Module, prefixes: Sequence[str]) -> None:
+def inherit(student: nn.Module, teacher: nn.Module, entries: Sequence[str]) -> None:
     """Copy the teacher's parameters and buffers below each dotted prefix into the student.
+
+    Args:
+        entries: prefixes; "student's=teacher's" where they differ.
 
     Raises:
         UserError: the student has no such module, or a tensor is missing or of another shape in the teacher.
     """
     ours, theirs = student.state_dict(), teacher.state_dict()
-    for prefix in prefixes:
+    for entry in entries:
+        prefix, _, source = entry.partition("=")
+        source = source or prefix
         names = [name for name in ours if name.startswith(f"{prefix}.")]
         if not names:
             raise UserError(
@@ -116,13 +147,15 @@ def inherit(student: nn.Module, teacher: nn.Module, prefixes: Sequence[str]) -> 
                 f"name one of them, such as {', '.join(top for top, _ in student.named_children())}."
             )
         for name in names:
-            if name not in theirs or theirs[name].shape != ours[name].shape:
-                shape = tuple(theirs[name].shape) if name in theirs else "missing"
+            other = source + name[len(prefix) :]
+            if other not in theirs or theirs[other].shape != ours[name].shape:
+                shape = tuple(theirs[other].shape) if other in theirs else "missing"
                 raise UserError(
-                    f"MODEL.DISTILL.INHERIT has {prefix!r}, but {name} is {tuple(ours[name].shape)} in the "
-                    f"student and {shape} in the teacher; inherit only modules that are equal on both sides."
+                    f"MODEL.DISTILL.INHERIT has {entry!r}, but {name} is {tuple(ours[name].shape)} in the "
+                    f"student and {shape} in the teacher ({other}); inherit only modules that are equal on "
+                    "both sides."
                 )
-            ours[name].copy_(theirs[name])
+            ours[name].copy_(theirs[other])
 
 
 def _check_term(method: str, term: str, value: torch.Tensor, features: List[torch.Tensor]) -> None:

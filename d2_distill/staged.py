@@ -103,6 +103,11 @@ class StagedDetector:
     def num_classes(self) -> int:
         raise NotImplementedError
 
+    @property
+    def size_divisibility(self) -> int:
+        """What the sides of a batch are multiples of."""
+        return max(self.model.backbone.size_divisibility, 1)
+
     def feature_shapes(self) -> Dict[str, ShapeSpec]:
         """Channels and stride of each entry of ``Run.features``, in their order."""
         raise NotImplementedError
@@ -199,6 +204,11 @@ class StagedDense(StagedDetector):
         shapes = self.model.backbone.output_shape()
         return {name: shapes[name] for name in self.in_features}
 
+    @property
+    def strides(self) -> List[int]:
+        """Of the levels, in pixels."""
+        return [shape.stride for shape in self.feature_shapes().values()]
+
     def tap_channels(self, branch: str, position: int) -> int:
         """Channels of a branch behind ``position`` blocks; 0 is the feature map in front of the tower."""
         if position:
@@ -234,10 +244,19 @@ class StagedDense(StagedDetector):
         return outputs["logits"].sigmoid()
 
     def decode(self, anchors: List[Boxes], deltas: torch.Tensor) -> torch.Tensor:
-        """Boxes (N, R, 4) XYXY in pixels from deltas (N, R, 4) of all levels, not clipped."""
-        all_anchors = Boxes.cat(anchors).tensor
-        repeated = all_anchors.expand(deltas.shape[0], -1, -1).reshape(-1, 4)
-        return self.model.box2box_transform.apply_deltas(deltas.reshape(-1, 4), repeated).view_as(deltas)
+        """Boxes (N, R, 4) XYXY in pixels from box outputs (N, R, box_dim) of all levels, not clipped."""
+        levels = zip(anchors, self.strides)
+        strides = torch.cat([boxes.tensor.new_full((len(boxes),), stride) for boxes, stride in levels])
+        return self.decode_rows(deltas, Boxes.cat(anchors).tensor, strides)
+
+    def decode_rows(
+        self, deltas: torch.Tensor, anchors: torch.Tensor, strides: torch.Tensor
+    ) -> torch.Tensor:
+        """The same for any rows: outputs (..., box_dim) of anchors (..., 4) on levels of strides (...)."""
+        # Detectron2's FCOS would decode half precision in half precision.
+        deltas = deltas.float()
+        anchors = anchors.expand_as(deltas).reshape(-1, 4)
+        return self.model.box2box_transform.apply_deltas(deltas.reshape(-1, 4), anchors).view_as(deltas)
 
     def run(self, images, gt_instances=None, *, taps=None, frozen=False) -> "DenseRun":
         return DenseRun(self, images, gt_instances, taps or {}, frozen)

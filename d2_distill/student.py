@@ -6,8 +6,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
-from . import detectors  # noqa: F401  registers the project's meta-architectures
-from .backbones import fix_statistics
+from .backbones import fix_statistics, unsynchronise
+from .backbones.low_resolution import require_levels_used
+from .detectors import MultiScaleDetector
 from .errors import UserError
 from .postprocess import select_nms
 
@@ -39,6 +40,9 @@ def build_student(cfg: CfgNode) -> nn.Module:
         known = sorted(entry for entry, _ in META_ARCH_REGISTRY if entry != DISTILLER)
         raise UserError(f"{key} is {name!r}, which is no detector; choose one of {', '.join(known)}.")
     model = build_model(cfg)
+    require_levels_used(model)
+    if model.device.type == "cpu":
+        unsynchronise(model)
     if cfg.MODEL.BACKBONE.FIXED_BN_STATISTICS:
         fix_statistics(model.backbone)
     select_nms(model, cfg.TEST.NMS)
@@ -48,6 +52,8 @@ def build_student(cfg: CfgNode) -> nn.Module:
 def num_classes_key(cfg: CfgNode) -> str:
     """The config key that sets the number of classes of the detector's head."""
     name = student_config(cfg).MODEL.META_ARCHITECTURE
+    if name == MultiScaleDetector.__name__:
+        name = cfg.MODEL.MSAD.DETECTOR
     for family in ("FCOS", "RETINANET", "ATSS", "GFL"):
         if family in name.upper():
             return f"MODEL.{family}.NUM_CLASSES"

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.file_io import PathManager
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import load_exactly
 from .config import read_config
@@ -30,13 +31,28 @@ class Teacher:
         model: the detector; it is put in eval mode and its parameters stop requiring gradient.
         input_format: channel order of its images ("BGR", "RGB").
         classes: names of its classes, empty if unknown.
+        cfg: config that the model was built from, for methods that build parts of its architecture.
+        batch_statistics: its batch norms use, and update, the statistics of each batch nevertheless.
     """
 
-    def __init__(self, model: nn.Module, *, input_format: str, classes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        input_format: str,
+        classes: Sequence[str] = (),
+        cfg: Optional[CfgNode] = None,
+        batch_statistics: bool = False,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
+        if batch_statistics:
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.train()
         self.staged = stage_detector(model)
         self.input_format = input_format
         self.classes = classes
+        self.cfg = cfg
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Optional["Teacher"]:
@@ -51,7 +67,13 @@ class Teacher:
         model = build_student(teacher_cfg).to(memory_format=torch.channels_last)
         weights = teacher_cfg.MODEL.WEIGHTS
         load_exactly(model, weights, key="MODEL.DISTILL.TEACHER.WEIGHTS")
-        teacher = cls(model, input_format=teacher_cfg.INPUT.FORMAT, classes=_class_names(teacher_cfg))
+        teacher = cls(
+            model,
+            input_format=teacher_cfg.INPUT.FORMAT,
+            classes=_class_names(teacher_cfg),
+            cfg=teacher_cfg,
+            batch_statistics=cfg.MODEL.DISTILL.TEACHER.BATCH_STATISTICS,
+        )
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         logger.info(
             "Teacher: %s with %.1fM parameters from %s, fingerprint %s",
@@ -84,7 +106,7 @@ class Teacher:
         """
         if self.model.device != student_images.tensor.device:
             self.model.to(student_images.tensor.device)
-        divisibility = max(self.model.backbone.size_divisibility, 1)
+        divisibility = self.staged.size_divisibility
         if normalises_alike and all(side % divisibility == 0 for side in student_images.tensor.shape[-2:]):
             images = student_images
         else:

@@ -1,12 +1,17 @@
-"""Batch norm with fixed statistics and trained affine map, the norm of OpenMMLab's backbones."""
+"""Batch norms exchanged in a built model: fixed statistics, as OpenMMLab's backbones have them; SyncBN on the CPU."""
 
 from __future__ import annotations
+
+import logging
+from typing import Tuple, Type
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class FixedBatchNorm2d(nn.BatchNorm2d):
@@ -30,14 +35,21 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
         Returns:
             ``module``, or its replacement if it is itself a batch norm.
         """
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            fixed = cls(module.num_features, eps=module.eps, affine=module.affine)
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                setattr(fixed, name, tensor)
-            return fixed
-        for name, child in module.named_children():
-            setattr(module, name, cls.convert(child))
-        return module
+        return _replace(module, (nn.BatchNorm2d, nn.SyncBatchNorm), cls)
+
+
+def _replace(
+    module: nn.Module, kinds: Tuple[Type[nn.Module], ...], norm_class: Type[nn.BatchNorm2d]
+) -> nn.Module:
+    """Exchange the batch norms of these kinds, in place; parameters and buffers are taken over."""
+    if isinstance(module, kinds):
+        norm = norm_class(module.num_features, eps=module.eps, momentum=module.momentum, affine=module.affine)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            setattr(norm, name, tensor)
+        return norm
+    for name, child in module.named_children():
+        setattr(module, name, _replace(child, kinds, norm_class))
+    return module
 
 
 def fix_statistics(backbone: nn.Module) -> None:
@@ -51,6 +63,13 @@ def fix_statistics(backbone: nn.Module) -> None:
     if not any(isinstance(module, FixedBatchNorm2d) for module in bottom_up.modules()):
         raise UserError(
             "MODEL.BACKBONE.FIXED_BN_STATISTICS is True, but the backbone has no batch norm that is trained; "
-            'set its NORM (MODEL.RESNETS.NORM, MODEL.MOBILENETV2.NORM) to "BN" and MODEL.BACKBONE.FREEZE_AT below '
-            "5, or leave the key out."
+            'set its NORM (MODEL.RESNETS.NORM, MODEL.MOBILENETV2.NORM or MODEL.SLIMMABLE.NORM) to "BN" and '
+            "MODEL.BACKBONE.FREEZE_AT below 5, or leave the key out."
         )
+
+
+def unsynchronise(model: nn.Module) -> None:
+    """Convert SyncBN, which several processes can share on GPUs only, to batch norm, in place."""
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        _replace(model, (nn.SyncBatchNorm,), nn.BatchNorm2d)
+        logger.info("MODEL.DEVICE is a CPU: SyncBN is batch norm, with the statistics of each process alone.")

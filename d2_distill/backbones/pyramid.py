@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from typing import List
+from typing import List, Optional
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from fvcore.nn.weight_init import c2_xavier_fill
 from torch import nn
 
 from ..errors import UserError
+
+TOP_BLOCKS = ("P6P7", "P6", "MaxPool", "")
+
+
+class LastLevelP6(nn.Module):
+    """P6 alone, for pyramids of which nobody reads P7; its module is called as LastLevelP6P7's."""
+
+    num_levels = 1
+
+    def __init__(self, in_channels: int, out_channels: int, in_feature: str) -> None:
+        super().__init__()
+        self.in_feature = in_feature
+        self.p6 = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+        c2_xavier_fill(self.p6)
+
+    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """(N, C, H, W) to P6 (N, C', H/2, W/2), sizes rounded up."""
+        return [self.p6(x)]
 
 
 class LinearP6P7(LastLevelP6P7):
@@ -40,9 +59,9 @@ def pyramid_features(cfg: CfgNode) -> List[str]:
 def build_pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     """Detectron2's FPN of ``MODEL.FPN`` on ``bottom_up``, with levels above P5.
 
-    ``MODEL.FPN.TOP_BLOCK`` "P6P7" adds 3x3 convolutions of stride 2: P6 stands on ``TOP_BLOCK_IN_FEATURE``, "p5"
-    (the pyramid's own output) or "res5", and ``TOP_BLOCK_RELU`` puts a ReLU between P6 and P7. "MaxPool" adds P6
-    alone, every second cell of P5.
+    ``MODEL.FPN.TOP_BLOCK`` "P6P7" adds 3x3 convolutions of stride 2: P6 stands on ``TOP_BLOCK_IN_FEATURE``,
+    "p5" (the pyramid's own output) or "res5", and ``TOP_BLOCK_RELU`` puts a ReLU between P6 and P7. "P6" adds
+    the first of them alone, "MaxPool" a P6 that is every second cell of P5, "" nothing.
 
     Raises:
         UserError: one of these keys has another value, or see :func:`pyramid_features`.
@@ -58,18 +77,24 @@ def build_pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     )
 
 
-def _build_top_block(node: CfgNode, bottom_up: Backbone) -> nn.Module:
+def _build_top_block(node: CfgNode, bottom_up: Backbone) -> Optional[nn.Module]:
+    if node.TOP_BLOCK not in TOP_BLOCKS:
+        known = ", ".join(TOP_BLOCKS[:-1])
+        raise UserError(f"MODEL.FPN.TOP_BLOCK is {node.TOP_BLOCK!r}; choose one of {known}, or ''.")
+    if node.TOP_BLOCK == "":
+        return None
     if node.TOP_BLOCK == "MaxPool":
         return LastLevelMaxPool()
-    if node.TOP_BLOCK != "P6P7":
-        raise UserError(f"MODEL.FPN.TOP_BLOCK is {node.TOP_BLOCK!r}; choose one of P6P7, MaxPool.")
     channels = {"p5": node.OUT_CHANNELS, "res5": bottom_up.output_shape()["res5"].channels}
     if node.TOP_BLOCK_IN_FEATURE not in channels:
         raise UserError(
             f"MODEL.FPN.TOP_BLOCK_IN_FEATURE is {node.TOP_BLOCK_IN_FEATURE!r}; "
             f"choose one of {', '.join(channels)}."
         )
-    top_block_class = LastLevelP6P7 if node.TOP_BLOCK_RELU else LinearP6P7
+    if node.TOP_BLOCK == "P6":
+        top_block_class = LastLevelP6
+    else:
+        top_block_class = LastLevelP6P7 if node.TOP_BLOCK_RELU else LinearP6P7
     return top_block_class(
         channels[node.TOP_BLOCK_IN_FEATURE], node.OUT_CHANNELS, in_feature=node.TOP_BLOCK_IN_FEATURE
     )

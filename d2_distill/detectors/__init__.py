@@ -5,7 +5,9 @@ from __future__ import annotations
 from ..staged import register_staged
 from .atss import ATSS
 from .fcos import FCOS, OpenMMLabFCOS
+from .fusion import ScaleFusion
 from .gfl import GFL, GFLv2
+from .multi_scale import MultiScaleDetector, StagedMultiScale
 from .one_stage import OneStageDetector, StagedOneStage
 from .openmmlab_retinanet import OpenMMLabRetinaNet
 from .stock import StagedFCOS, StagedRCNN, StagedRetinaNet
@@ -18,10 +20,13 @@ __all__ = [
     "FCOS",
     "GFL",
     "GFLv2",
+    "MultiScaleDetector",
     "OneStageDetector",
     "OpenMMLabFCOS",
     "OpenMMLabRetinaNet",
+    "ScaleFusion",
     "StagedFCOS",
+    "StagedMultiScale",
     "StagedOneStage",
     "StagedRCNN",
     "StagedRetinaNet",

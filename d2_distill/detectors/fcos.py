@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import torch
 from detectron2.config import configurable
+from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import fcos
+from detectron2.structures import Boxes, Instances
 
 from ..assigners import Assignment, PointAssigner
 from ..errors import UserError
@@ -45,20 +47,24 @@ class OpenMMLabFCOS(CenternessDetector):
     The paper's first form (arXiv 1904.01355), which CrossKD uses, is CENTER_SAMPLING_RADIUS 0, DISTANCES
     "exp", CENTERNESS_ON "cls", BOX_LOSS "iou". The improvements of its later releases are
     CENTER_SAMPLING_RADIUS 1.5, DISTANCES "relu", CENTERNESS_ON "box", BOX_LOSS "giou"; AdelaiDet's own also
-    has IOU_OFFSET 1, TOWER_BIAS and SQRT_SCORES. With REG_MAX above 0 it predicts distributions, as
-    localisation distillation needs.
+    has IOU_OFFSET 1, TOWER_BIAS and INFERENCE "adelaidet", and MSAD's, made from it, no PREDICTOR_BIAS. With
+    REG_MAX above 0 it predicts distributions, as localisation distillation needs.
 
     Args:
-        sqrt_scores: detections are ranked by the square root of class score times centerness.
+        inference: "openmmlab" or "adelaidet", see ``MODEL.FCOS.INFERENCE``.
+        thresh_with_ctr: "adelaidet" compares the score threshold with class score times centerness.
         kwargs: of :class:`CenternessDetector`.
     """
 
     ignores_padding = False
 
     @configurable
-    def __init__(self, *, sqrt_scores: bool, **kwargs) -> None:
+    def __init__(
+        self, *, inference: str = "openmmlab", thresh_with_ctr: bool = False, **kwargs
+    ) -> None:
         super().__init__(**kwargs)
-        self.sqrt_scores = sqrt_scores
+        self.inference = inference
+        self.thresh_with_ctr = thresh_with_ctr
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
@@ -74,6 +80,7 @@ class OpenMMLabFCOS(CenternessDetector):
                 num_scores=node.NUM_CLASSES,
                 box_dim=coder.box_dim,
                 tower_bias=node.TOWER_BIAS or not node.NORM,
+                predictor_bias=node.PREDICTOR_BIAS,
                 centerness_on=node.CENTERNESS_ON,
             ),
             "anchor_generator": square_anchors(input_shape, scale=1.0, offset=0.5),
@@ -82,7 +89,8 @@ class OpenMMLabFCOS(CenternessDetector):
             "box_loss": build_box_loss(node.BOX_LOSS, "MODEL.FCOS.BOX_LOSS", **offset),
             "box_loss_weight": node.BOX_LOSS_WEIGHT,
             "normalizer_floor": 1e-6,
-            "sqrt_scores": node.SQRT_SCORES,
+            "inference": node.INFERENCE,
+            "thresh_with_ctr": node.THRESH_WITH_CTR,
             "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
         }
@@ -90,9 +98,36 @@ class OpenMMLabFCOS(CenternessDetector):
     def num_positives(self, assignment: Assignment) -> torch.Tensor:
         return assignment.foreground.sum()
 
-    def final_scores(self, scores: torch.Tensor, outputs: Outputs) -> torch.Tensor:
-        product = super().final_scores(scores, outputs)
-        return product.sqrt() if self.sqrt_scores else product
+    def _candidates(
+        self, anchors: torch.Tensor, stride: int, outputs: Outputs, image_size: Tuple[int, int]
+    ) -> Instances:
+        if self.inference == "openmmlab":
+            return super()._candidates(anchors, stride, outputs, image_size)
+        class_scores = self.class_scores(outputs)
+        product = self.final_scores(class_scores, outputs)
+        compared = product if self.thresh_with_ctr else class_scores
+        rows, classes = (compared > self.test_score_thresh).nonzero(as_tuple=True)
+        scores = product[rows, classes]
+        if len(scores) > self.test_topk_candidates:
+            scores, best = scores.topk(self.test_topk_candidates)
+            rows, classes = rows[best], classes[best]
+        strides = anchors.new_full((len(rows),), stride)
+        boxes = Boxes(self.box_coder.decode(outputs["deltas"][rows], anchors[rows], strides))
+        return Instances(image_size, pred_boxes=boxes, scores=scores.sqrt(), pred_classes=classes)
+
+    def _suppress(self, candidates: Instances) -> Instances:
+        if self.inference == "openmmlab":
+            return super()._suppress(candidates)
+        scores = candidates.scores
+        if self.test_nms_thresh > 0:
+            boxes = candidates.pred_boxes.tensor
+            keep = batched_nms(boxes, scores, candidates.pred_classes, self.test_nms_thresh)
+        else:
+            keep = scores.argsort(descending=True, stable=True)
+        scores = scores[keep]
+        if len(keep) > self.max_detections_per_image:
+            keep = keep[scores >= scores[self.max_detections_per_image - 1]]
+        return candidates[keep]
 
 
 def _check(node) -> None:
@@ -100,9 +135,15 @@ def _check(node) -> None:
     for key, value, choices in (
         ("DISTANCES", node.DISTANCES, ("exp", "relu")),
         ("CENTERNESS_ON", node.CENTERNESS_ON, ("box", "cls")),
+        ("INFERENCE", node.INFERENCE, ("openmmlab", "adelaidet")),
     ):
         if value not in choices:
             raise UserError(f"MODEL.FCOS.{key} is {value!r}; choose from {', '.join(choices)}.")
+    if node.THRESH_WITH_CTR and node.INFERENCE != "adelaidet":
+        raise UserError(
+            f"MODEL.FCOS.THRESH_WITH_CTR is True, which MODEL.FCOS.INFERENCE {node.INFERENCE!r} does not "
+            "have; set it to False, or INFERENCE to adelaidet."
+        )
     if node.IOU_OFFSET and node.BOX_LOSS in ("diou", "ciou"):
         raise UserError(
             f"MODEL.FCOS.IOU_OFFSET is {node.IOU_OFFSET}, which the box loss {node.BOX_LOSS!r} does not "

@@ -32,6 +32,7 @@ class TowerHead(nn.Module):
         conv_dims: channels of each tower block.
         norm: norm of the tower blocks, a name or a function, see ``detectron2.layers.get_norm``.
         tower_bias: whether the tower's convolutions have a bias.
+        predictor_bias: whether the layers of boxes and centerness have one; that of classes always has.
         prior_prob: class probability at initialisation (focal loss, arXiv 1708.02002).
         centerness_on: tower on which centerness is predicted, "cls" or "box"; None for no centerness.
         use_scale: whether each level has a learned factor on its box outputs.
@@ -47,6 +48,7 @@ class TowerHead(nn.Module):
         conv_dims: List[int],
         norm="",
         tower_bias: bool = False,
+        predictor_bias: bool = True,
         prior_prob: float = 0.01,
         centerness_on: Optional[str] = None,
         use_scale: bool = True,
@@ -57,10 +59,10 @@ class TowerHead(nn.Module):
         self.bbox_subnet = _tower(in_channels, conv_dims, norm, tower_bias)
         channels = conv_dims[-1] if conv_dims else in_channels
         self.cls_score = nn.Conv2d(channels, num_anchors * num_scores, 3, padding=1)
-        self.bbox_pred = nn.Conv2d(channels, num_anchors * box_dim, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(channels, num_anchors * box_dim, 3, padding=1, bias=predictor_bias)
         self.centerness_on = centerness_on
         if centerness_on:
-            self.ctrness = nn.Conv2d(channels, num_anchors, 3, padding=1)
+            self.ctrness = nn.Conv2d(channels, num_anchors, 3, padding=1, bias=predictor_bias)
         self.scales = nn.ModuleList(Scale() for _ in input_shape) if use_scale else None
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):

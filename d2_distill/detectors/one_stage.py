@@ -136,10 +136,6 @@ class OneStageDetector(DenseDetector):
         """What detections are ranked by, of the shape of the class scores."""
         return scores * outputs["centerness"].sigmoid() if "centerness" in outputs else scores
 
-    def decode(self, anchors: List[Boxes], deltas: torch.Tensor) -> torch.Tensor:
-        """Box outputs (..., R, box_dim) of all levels to XYXY boxes (..., R, 4) in pixels, not clipped."""
-        return self.box_coder.decode(deltas, Boxes.cat(anchors).tensor, self.strides_of(anchors))
-
     def strides_of(self, anchors: List[Boxes]) -> torch.Tensor:
         """(R,) stride of each anchor."""
         return torch.cat([
@@ -211,7 +207,10 @@ class OneStageDetector(DenseDetector):
         for level, (boxes, stride) in enumerate(zip(anchors, self.strides)):
             of_level = {name: levels[level] for name, levels in outputs.items()}
             candidates.append(self._candidates(boxes.tensor, stride, of_level, image_size))
-        candidates = Instances.cat(candidates)
+        return self._suppress(Instances.cat(candidates))
+
+    def _suppress(self, candidates: Instances) -> Instances:
+        """The detections of an image, best first, from the candidates of all levels."""
         keep = batched_nms(
             candidates.pred_boxes.tensor, candidates.scores, candidates.pred_classes, self.test_nms_thresh
         )
@@ -265,8 +264,8 @@ class StagedOneStage(StagedDense):
     def losses(self, anchors, outputs, assignment) -> Dict[str, torch.Tensor]:
         return self.model.losses(anchors, outputs, assignment)
 
-    def decode(self, anchors: List[Boxes], deltas: torch.Tensor) -> torch.Tensor:
-        return self.model.decode(anchors, deltas)
+    def decode_rows(self, deltas, anchors, strides) -> torch.Tensor:
+        return self.model.box_coder.decode(deltas, anchors, strides)
 
     def class_scores(self, outputs: Outputs) -> torch.Tensor:
         return self.model.class_scores(outputs)

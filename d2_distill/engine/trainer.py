@@ -8,7 +8,6 @@ import weakref
 from typing import Any, List, Optional
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
@@ -17,7 +16,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint import readable
+from ..checkpoint import TrainingCheckpointer, readable
 from ..data.loader import build_train_loader
 from ..data.mapper import CheckedDatasetMapper
 from ..distiller import Distiller
@@ -81,6 +80,9 @@ class Trainer(DefaultTrainer):
         weights = self.checkpointer.get_checkpoint_file() if resumes else self.cfg.MODEL.WEIGHTS
         with readable(weights, key="OUTPUT_DIR" if resumes else "MODEL.WEIGHTS"):
             super().resume_or_load(resume=resume)
+        model = getattr(self.model, "module", self.model)
+        if isinstance(model, Distiller) and weights and not resumes:
+            model.inherit()
 
     def train(self) -> Any:
         self._trainer.data_loader = build_train_loader(
@@ -106,7 +108,7 @@ class Trainer(DefaultTrainer):
             self._batch_files = [inputs.get("file_name", "?") for inputs in args[0]]
 
 
-def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables: Any) -> DetectionCheckpointer:
+def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables: Any) -> TrainingCheckpointer:
     """Checkpointer of a plain detector, or of a distiller: the student as ``model``, adapters as ``distill``.
 
     So that every checkpoint loads into the plain student.
@@ -115,7 +117,7 @@ def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables: Any) 
         if any(True for _ in model.methods.parameters()):
             checkpointables["distill"] = model.methods
         model = model.student
-    return DetectionCheckpointer(model, save_dir, **checkpointables)
+    return TrainingCheckpointer(model, save_dir, **checkpointables)
 
 
 def _distributed(model: nn.Module) -> nn.Module:

@@ -23,6 +23,11 @@ def count_flops(model: nn.Module, batched_inputs: List[Dict[str, Any]]) -> int:
     Args:
         batched_inputs: what a Detectron2 model takes, dicts with an ``"image"`` of shape (C, H, W).
     """
+    return flops_by_module(model, batched_inputs)[""]
+
+
+def flops_by_module(model: nn.Module, batched_inputs: List[Dict[str, Any]]) -> Dict[str, int]:
+    """:func:`count_flops` of each module that has any, by its dotted name; of the whole model by ""."""
     was_training = model.training
     model.eval()
     try:
@@ -30,4 +35,8 @@ def count_flops(model: nn.Module, batched_inputs: List[Dict[str, Any]]) -> int:
             model(batched_inputs)
     finally:
         model.train(was_training)
-    return counter.get_total_flops() // 2
+    # The counter's names begin with the class of the model; what its modules share is "Global".
+    root = type(model).__name__ + "."
+    flops = {name: sum(by_operator.values()) // 2 for name, by_operator in counter.get_flop_counts().items()}
+    parts = {name[len(root) :]: count for name, count in flops.items() if name.startswith(root)}
+    return {**parts, "": counter.get_total_flops() // 2}

@@ -74,13 +74,15 @@ def select_nms(model: nn.Module, name: str) -> None:
         return
     if name not in CLUSTER_NMS:
         raise UserError(f"TEST.NMS is {name!r}; choose one of {', '.join([OWN_NMS, *CLUSTER_NMS])}.")
-    if not isinstance(model, DenseDetector):
+    # MultiScaleDetector has the detector inside.
+    detector = getattr(model, "detector", model)
+    if not isinstance(detector, DenseDetector):
         raise UserError(
             f"TEST.NMS is {name!r}, which works with one-stage detectors such as RetinaNet and FCOS, not "
             f"with {type(model).__name__}; set it to {OWN_NMS!r}."
         )
     model.register_forward_hook(
-        ClusterNMS(model.test_nms_thresh, model.max_detections_per_image, **CLUSTER_NMS[name])
+        ClusterNMS(detector.test_nms_thresh, detector.max_detections_per_image, **CLUSTER_NMS[name])
     )
-    model.test_nms_thresh = math.inf
-    model.max_detections_per_image = sys.maxsize
+    detector.test_nms_thresh = math.inf
+    detector.max_detections_per_image = sys.maxsize

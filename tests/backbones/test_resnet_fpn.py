@@ -67,6 +67,19 @@ def test_p6_on_p5_is_the_default_without_relu():
         assert torch.equal(found(image)["p7"], expected(image)["p7"])
 
 
+@pytest.mark.parametrize("top_block, levels", [("P6", 4), ("", 3)])
+def test_lower_pyramids_are_the_whole_ones_lower_levels(top_block, levels):
+    whole, part = build(TOP_BLOCK_IN_FEATURE="res5"), build(TOP_BLOCK=top_block, TOP_BLOCK_IN_FEATURE="res5")
+    state = whole.state_dict()
+    part.load_state_dict({name: state[name] for name in part.state_dict()})
+    assert len(state) - len(part.state_dict()) == {4: 2, 3: 4}[levels]
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        ours, theirs = part(image), whole(image)
+    assert list(ours) == list(part.output_shape()) == list(theirs)[:levels]
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
 def test_max_pool_is_detectron2s_two_stage_pyramid():
     cfg = backbone_cfg(TOP_BLOCK="MaxPool")
     image = torch.rand(1, 3, 64, 96)
@@ -104,7 +117,7 @@ def test_res5_and_relu_are_detectron2s_retinanet():
         ({"IN_FEATURES": ["res3", "res4"]}, r"MODEL.FPN.IN_FEATURES is .*'res4'\]; it must end with 'res5'"),
         ({"IN_FEATURES": []}, r"MODEL.FPN.IN_FEATURES is \[\]"),
         ({"IN_FEATURES": ["res3", "res5"]}, r"such as \['res3', 'res4', 'res5'\]"),
-        ({"TOP_BLOCK": "P6"}, "MODEL.FPN.TOP_BLOCK is 'P6'; choose one of P6P7, MaxPool"),
+        ({"TOP_BLOCK": "P7"}, "MODEL.FPN.TOP_BLOCK is 'P7'; choose one of P6P7, P6, MaxPool, or ''"),
     ],
 )
 def test_pyramids_that_do_not_fit_are_refused(fpn, message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, ImageList
 
 from d2_distill.errors import UserError
 
@@ -21,6 +21,8 @@ def _build(**options):
         ("DISTANCES", "linear", "MODEL.FCOS.DISTANCES is 'linear'; choose from exp, relu"),
         ("CENTERNESS_ON", "", "MODEL.FCOS.CENTERNESS_ON is ''; choose from box, cls"),
         ("SIZES_OF_INTEREST", [64, 128, 256, 512], "_INTEREST has 4 bounds, but the 3 levels .* need 2"),
+        ("INFERENCE", "fcos", "MODEL.FCOS.INFERENCE is 'fcos'; choose from openmmlab, adelaidet"),
+        ("THRESH_WITH_CTR", True, "THRESH_WITH_CTR is True, which .*INFERENCE 'openmmlab' does not have"),
         ("BOX_LOSS", "l1", "MODEL.FCOS.BOX_LOSS is 'l1'; choose from giou, iou, linear_iou, diou, ciou"),
     ],
 )
@@ -43,15 +45,91 @@ def test_forms_of_the_head():
     # Convolutions in front of a norm have a bias in AdelaiDet's form only; those without a norm always.
     for options, bias in (({}, False), ({"TOWER_BIAS": True}, True), ({"NORM": ""}, True)):
         assert (_build(**options).head.cls_subnet[0].bias is not None) == bias
+    head = _build(PREDICTOR_BIAS=False).head
+    assert head.bbox_pred.bias is head.ctrness.bias is None and head.cls_score.bias is not None
 
 
-def test_scores_are_square_roots_on_request():
-    plain, rooted = (_build(SQRT_SCORES=value) for value in (False, True))
-    outputs = {"centerness": torch.tensor([[0.5], [-1.0]])}
-    scores = torch.tensor([[0.2, 0.9], [0.4, 0.1]])
-    product = scores * outputs["centerness"].sigmoid()
-    assert torch.equal(plain.final_scores(scores, outputs), product)
-    assert torch.equal(rooted.final_scores(scores, outputs), product.sqrt())
+def slow_adelaidet(model, outputs, anchors) -> list:
+    """Rows (score, class, box) of one image by loops; ``outputs`` are (R_l, K), one a level."""
+    candidates = []
+    for level, boxes in enumerate(anchors):
+        pairs = []
+        for row, (x0, y0, x1, y1) in enumerate(boxes.tensor.tolist()):
+            quality = outputs["centerness"][level][row].sigmoid().item()
+            sides = [8 * 2**level * max(side, 0) for side in outputs["deltas"][level][row].tolist()]
+            x, y = (x0 + x1) / 2, (y0 + y1) / 2
+            box = [x - sides[0], y - sides[1], x + sides[2], y + sides[3]]
+            for label, score in enumerate(outputs["logits"][level][row].sigmoid().tolist()):
+                if (score * quality if model.thresh_with_ctr else score) > model.test_score_thresh:
+                    pairs.append(((score * quality) ** 0.5, label, *box))
+        candidates += sorted(pairs, reverse=True)[: model.test_topk_candidates]
+    candidates.sort(reverse=True)
+    found = []
+    for candidate in candidates:
+        if not any(
+            other[1] == candidate[1] and iou(other[2:], candidate[2:]) > model.test_nms_thresh > 0
+            for other in found
+        ):
+            found.append(candidate)
+    last = model.max_detections_per_image - 1
+    return [x for x in found if last >= len(found) or x[0] >= found[last][0]]
+
+
+def iou(box1, box2) -> float:
+    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box1, box2)]
+    width, height = (max(min(box1[k + 2], box2[k + 2]) - max(box1[k], box2[k]), 0) for k in (0, 1))
+    return width * height / (sum(areas) - width * height) if width * height else 0.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"THRESH_WITH_CTR": True},
+        {"TOPK_CANDIDATES_TEST": 7},
+        {"NMS_THRESH_TEST": 0.0, "TOPK_CANDIDATES_TEST": 12},
+        {"SCORE_THRESH_TEST": 1.0},
+    ],
+)
+@pytest.mark.parametrize("most", [1000, 9])
+def test_adelaidet_inference_against_a_loop(options, most):
+    model = _build(INFERENCE="adelaidet", DISTANCES="relu", **options).eval()
+    model.max_detections_per_image = most
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(8, 12), (4, 6), (2, 3)]
+    features = [torch.zeros(2, 1, *size) for size in sizes]
+    outputs = [
+        [scale * torch.randn(2, channels, *size, generator=generator) for size in sizes]
+        for channels, scale in ((3, 2.0), (4, 1.5), (1, 1.0))
+    ]
+    anchors = model.anchor_generator(features)
+    images = ImageList.from_tensors([torch.zeros(3, 64, 96), torch.zeros(3, 50, 80)])
+    for index, detections in enumerate(model.forward_inference(images, features, outputs)):
+        of_image = {
+            name: [x[index].flatten(1).T for x in levels]
+            for name, levels in zip(("logits", "deltas", "centerness"), outputs)
+        }
+        expected = torch.tensor(slow_adelaidet(model, of_image, anchors)).reshape(-1, 6)
+        assert (len(expected) == 0) == (options == {"SCORE_THRESH_TEST": 1.0})
+        torch.testing.assert_close(detections.scores, expected[:, 0])
+        assert detections.pred_classes.tolist() == expected[:, 1].tolist()
+        torch.testing.assert_close(detections.pred_boxes.tensor, expected[:, 2:])
+
+
+def test_adelaidet_keeps_equals_of_the_last_detection():
+    """And the suppression sees boxes that reach out of the image."""
+    model = _build(INFERENCE="adelaidet", DISTANCES="relu").eval()
+    model.max_detections_per_image = 2
+    sizes = [(4, 4), (2, 2), (1, 1)]
+    logits = [torch.full((1, 3, *size), -9.0) for size in sizes]
+    for x in range(4):
+        logits[0][0, 1, 0, x] = 1.0
+    deltas, centerness = ([torch.ones(1, channels, *size) for size in sizes] for channels in (4, 1))
+    deltas[0][0, 1] = 100.0
+    images = ImageList.from_tensors([torch.zeros(3, 32, 32)])
+    (found,) = model.forward_inference(images, logits, [logits, deltas, centerness])
+    assert len(found) == 4 and (found.scores == found.scores[0]).all()
+    assert (found.pred_boxes.tensor[:, 1] < -700).all()
 
 
 @pytest.mark.parametrize("radius, fewer", [(0.0, False), (1.0, True)])

@@ -74,6 +74,12 @@ def test_names(norm, block, bias):
     assert set(head.state_dict()) == expected
 
 
+def test_predictors_without_bias():
+    """All but that of the classes, whose bias holds the prior."""
+    state = _head(centerness_on="box", predictor_bias=False).state_dict()
+    assert [name for name in state if "subnet" not in name and name.endswith("bias")] == ["cls_score.bias"]
+
+
 def test_a_norm_may_be_a_function():
     head = _head(norm=lambda channels: nn.GroupNorm(4, channels))
     assert head.cls_subnet[1].num_groups == 4

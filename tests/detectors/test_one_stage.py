@@ -162,7 +162,6 @@ def slow_inference(model, outputs, anchors, strides, size) -> Dict[str, list]:
         ranked = class_scores
         if "centerness" in of_level:
             ranked = ranked * of_level["centerness"].sigmoid()
-            ranked = ranked.sqrt() if getattr(model, "sqrt_scores", False) else ranked
         decoded = model.box_coder.decode(
             of_level["deltas"], anchors[level].tensor, torch.full((len(ranked),), float(stride))
         )
@@ -187,8 +186,6 @@ def test_inference_against_a_loop(model, topk, thresh):
     """Including an empty result, where no class score is above the threshold."""
     model = copy.deepcopy(model).eval()
     model.test_topk_candidates, model.test_score_thresh = topk, thresh
-    if "sqrt_scores" in vars(model):
-        model.sqrt_scores = topk == 7
     model.max_detections_per_image = 30
     inputs = batch()
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2_distill.evaluation.complexity import count_flops, count_parameters
+from d2_distill.evaluation.complexity import count_flops, count_parameters, flops_by_module
 
 
 class Counted(nn.Module):
@@ -29,6 +29,13 @@ def test_counts_by_hand():
     assert count_parameters(model) == (3 * 4 * 9 + 4) + (4 + 4) + 4 * 5
     inputs = [{"image": torch.zeros(3, 8, 10)}] * 2
     assert count_flops(model, inputs) == 2 * (8 * 10 * 3 * 4 * 9 + 4 * 5)
+
+
+def test_modules_are_counted_by_name():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Sequential(nn.Conv2d(2, 5, 1)))
+    counts = flops_by_module(model, torch.zeros(1, 3, 4, 6))
+    assert counts == {"0": 24 * 6, "2": 24 * 10, "2.0": 24 * 10, "": 24 * 16}
+    assert flops_by_module(nn.ReLU(), torch.zeros(1)) == {"": 0}
 
 
 @pytest.mark.parametrize("training", [True, False])

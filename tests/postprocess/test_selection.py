@@ -16,9 +16,7 @@ from torchvision.ops import box_iou
 from d2_distill.errors import UserError
 from d2_distill.postprocess.selection import CLUSTER_NMS, ClusterNMS, select_nms
 
-from ..small_detectors import CASES, batch, build, detector_cfg, image_input
-
-DENSE = [case for case in CASES if case != "GeneralizedRCNN"]
+from ..small_detectors import ONE_STAGE, batch, build, detector_cfg, image_input
 
 
 def _build(case, nms, salt=3, max_detections=100, **overrides):
@@ -41,7 +39,7 @@ def _assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("name", CLUSTER_NMS)
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("case", ONE_STAGE)
 def test_output_of_every_detector(case, name):
     own, model = _build(case, "nms"), _build(case, name, max_detections=8)
     assert model.state_dict().keys() == own.state_dict().keys()
@@ -54,11 +52,12 @@ def test_output_of_every_detector(case, name):
         assert torch.allclose(clipped.tensor, boxes, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("case", ONE_STAGE)
 def test_cluster_nms_is_nms_of_everything_that_the_detector_finds(case):
     everything = _build(case, "nms")
-    threshold, everything.test_nms_thresh = everything.test_nms_thresh, math.inf
-    everything.max_detections_per_image = 10**6
+    detector = getattr(everything, "detector", everything)
+    threshold, detector.test_nms_thresh = detector.test_nms_thresh, math.inf
+    detector.max_detections_per_image = 10**6
     for found, actual in zip(_detect(everything, batch()), _detect(_build(case, "cluster_nms"), batch())):
         keep = batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, threshold)[:100]
         assert len(keep) < len(found)
@@ -114,7 +113,7 @@ def test_detections_that_do_not_overlap_stay(case, name):
         _assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("case", ONE_STAGE)
 def test_training_is_untouched(case):
     losses = []
     for name in ("nms", "voting_cluster_diou_nms"):
