@@ -51,6 +51,8 @@ _DENSE = {
     "GFL.ANCHOR_SCALE": 4,
 }
 _DISTRIBUTIONS = {"FCOS.REG_MAX": 16, "ATSS.REG_MAX": 16, "RETINANET.REG_MAX": 16, "RETINANET.BBOX_REG_LOSS_TYPE": "giou"}
+_STAGES = ["res2", "res3", "res4", "res5"]
+_FROM_P2 = {"RESNETS.OUT_FEATURES": _STAGES, "FPN.IN_FEATURES": _STAGES}
 _RCNN = {
     "ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [96]],
     "RPN.IN_FEATURES": ["p2", "p3", "p4", "p5"],
@@ -62,6 +64,13 @@ _RCNN = {
     "ROI_HEADS.NUM_CLASSES": NUM_CLASSES,
     "ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
     "ROI_BOX_HEAD.FC_DIM": 32,
+}
+_CASCADE = {
+    **_RCNN,
+    "ROI_HEADS.NAME": "CascadeROIHeads",
+    "ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+    # Falling thresholds, so that stages that are not trained have positives too.
+    "ROI_BOX_CASCADE_HEAD.IOUS": [0.5, 0.2, 0.1],
 }
 # Case -> base config and overrides below MODEL. The name up to a space is the meta-architecture.
 CASES: Dict[str, Tuple[str, Dict[str, Any]]] = {
@@ -77,8 +86,11 @@ CASES: Dict[str, Tuple[str, Dict[str, Any]]] = {
     "ATSS distributions": ("Base-RetinaNet.yaml", {**_DENSE, **_DISTRIBUTIONS}),
     "GFL": ("Base-RetinaNet.yaml", _DENSE),
     "GFLv2": ("Base-RetinaNet.yaml", _DENSE),
+    "MultiScaleDetector": ("Base-RetinaNet.yaml", {**_DENSE, **_FROM_P2}),
     "GeneralizedRCNN": ("Base-RCNN-FPN.yaml", _RCNN),
+    "GeneralizedRCNN cascade": ("Base-RCNN-FPN.yaml", _CASCADE),
 }
+ONE_STAGE = [case for case in CASES if "RCNN" not in case]
 RETINANETS = [case for case in CASES if "RetinaNet" in case]
 
 
@@ -137,9 +149,10 @@ def distiller_cfg(
 
 def allowed_methods(case: str, teacher_case: str) -> List[str]:
     """The methods that serve a student and a teacher of these cases."""
-    crosskd = ["CrossKD"] if "GeneralizedRCNN" not in (case, teacher_case) else []
-    crosskd_roi = ["CrossKDRoI"] if case == teacher_case == "GeneralizedRCNN" else []
-    return crosskd + crosskd_roi + ["FeatureImitation", "PKD"]
+    crosskd = ["CrossKD"] if {case, teacher_case} <= set(ONE_STAGE) else []
+    crosskd_roi = ["CrossKDRoI"] if case not in ONE_STAGE and teacher_case == "GeneralizedRCNN" else []
+    head = ["HEAD"] if case in ONE_STAGE or case == "GeneralizedRCNN" and teacher_case not in ONE_STAGE else []
+    return crosskd + crosskd_roi + ["FeatureImitation"] + head + ["PKD"]
 
 
 def all_taps(staged: StagedDetector) -> Taps:

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine import DefaultTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2_distill import provider
+from d2_distill.distiller import inherit
 from d2_distill.engine.setup import load_config
 from d2_distill.methods import build_methods
 from d2_distill.openmmlab import Checkpoint, convert
 from d2_distill.staged import stage_detector
-from d2_distill.student import DISTILLER, build_student
+from d2_distill.student import DISTILLER, build_student, student_config
 from d2_distill.teacher import Teacher, teacher_config
 
+from . import published_head
 from .tools import openmmlab_models
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +32,7 @@ import convert_openmmlab  # noqa: E402
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 # Configs that follow OpenMMLab's recipe and not Detectron2's.
 OPENMMLAB = re.compile(
-    r"configs/(ld|(baselines|crosskd|imitation)/(.*/)?"
+    r"configs/(ld|head|(baselines|crosskd|imitation)/(.*/)?"
     r"(gfl|atss|fcos|openmmlab|.*_dist|retinanet_(Swin|MNV2)))"
 )
 TRAINING_IMAGES = {"coco_2017_train": 117266, "voc_2007_trainval": 5011, "voc_2012_trainval": 11540}
@@ -111,12 +114,28 @@ PUBLISHED_TEST = {
     "FCOS": (0.5, 0.05),
 }
 
+# Settings of configs/msad/reference/ as published: images, rate, last drop, iterations, checkpoint period; norm; width.
+PUBLISHED_MSAD = {
+    "fcos_SLR25_FPN_1x_ms_teacher": (16, 0.01, 80000, 90000, 40000, "SyncBN", 0.25),
+    "fcos_SLR50_FPN_1x_ms_teacher": (8, 0.01, 160000, 180000, 80000, "SyncBN", 0.5),
+    "fcos_SLR75_FPN_1x_ms_teacher": (8, 0.01, 160000, 180000, 80000, "SyncBN", 0.75),
+    "fcos_SLR100_FPN_1x_ms_teacher": (8, 0.01, 160000, 180000, 20000, "SyncBN", 1.0),
+    "fcos_R_50_FPN_1x_ms_teacher": (8, 0.01, 160000, 180000, 40000, "SyncBN", None),
+    "fcos_SLMNV2_100_FPN_ms_teacher": (2, 0.01, 160000, 180000, 20000, "BN", 1.0),
+    "fcos_SLR25_FPN_1x_ms_student": (32, 0.02, 40000, 45000, 40000, "SyncBN", 0.25),
+    "fcos_SLR50_FPN_1x_ms_student": (32, 0.01, 40000, 45000, 40000, "SyncBN", 0.5),
+    "fcos_SLR75_FPN_1x_ms_student": (32, 0.02, 40000, 45000, 40000, "SyncBN", 0.75),
+    "fcos_SLR100_FPN_1x_ms_student": (16, 0.01, 80000, 90000, 40000, "SyncBN", 1.0),
+}
+
 # OpenMMLab checkpoints that teachers are converted from: detector, backbone, input channels of P6.
 ORIGINALS = {
     "gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth": ("gfl", "resnet101", 256),
     "gfl_r50_fpn_1x_coco_20200629_121244-25944287.pth": ("gfl", "resnet50", 256),
     "retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth": ("retinanet", "resnet101", 2048),
     "retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth": ("retinanet", "resnet50", 2048),
+    "retinanet_r50_fpn_mstrain_3x_coco_20210718_220633-88476508.pth": ("retinanet", "resnet50", 2048),
+    "faster_rcnn_r50_fpn_mstrain_3x_coco_20210524_110822-e10bd31c.pth": ("faster_rcnn", "resnet50", 0),
     "retinanet_swin-t-p4-w7_fpn_1x_coco.pth": ("retinanet", "swin", 768),
     "fcos_r101_caffe_fpn_gn-head_mstrain_640-800_2x_coco-511424d6.pth": ("fcos", "resnet101", 256),
     "atss_r101_fpn_1x_20200825-dfcadd6f.pth": ("atss", "resnet101", 256),
@@ -144,7 +163,8 @@ def project_root(monkeypatch):
 def read(path: str):
     """A config and that of its teacher, if it has one."""
     cfg = load_config(path, ["MODEL.DEVICE", "cpu"])
-    return cfg, teacher_config(cfg) if cfg.MODEL.META_ARCHITECTURE == DISTILLER else None
+    taught = cfg.MODEL.META_ARCHITECTURE == DISTILLER and cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
+    return cfg, teacher_config(cfg) if taught else None
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -160,13 +180,17 @@ def test_builds(path):
     with expectation, NoRandomFill():
         student = stage_detector(build_student(cfg))
         assert student.num_classes > 0
+        teacher = None
         if other is not None:
-            teacher = Teacher(build_student(other), input_format=other.INPUT.FORMAT)
+            teacher = Teacher(build_student(other), input_format=other.INPUT.FORMAT, cfg=other)
+        if cfg.MODEL.META_ARCHITECTURE == DISTILLER:
             methods = build_methods(cfg, student, teacher)
             assert list(methods) == list(cfg.MODEL.DISTILL.METHODS)
             assert all(method.weights for method in methods.values())
             if path.startswith("configs/crosskd/"):
                 assert_published_crosskd(Path(path).stem, methods)
+            if path.startswith("configs/head/"):
+                published_head.assert_weights(Path(path).stem, methods)
 
 
 def assert_published_crosskd(name: str, methods) -> None:
@@ -204,7 +228,8 @@ def test_published_weights(name):
 
 
 def test_published_weights_of_all():
-    for folder, names in (("ld", PUBLISHED), ("crosskd", {**PUBLISHED_CROSSKD, **PUBLISHED_CROSSKD_ROI})):
+    crosskd = {**PUBLISHED_CROSSKD, **PUBLISHED_CROSSKD_ROI}
+    for folder, names in (("ld", PUBLISHED), ("crosskd", crosskd), ("head", published_head.TERMS)):
         expected = {f"configs/{folder}/{name}.yaml" for name in names}
         assert expected == {path for path in CONFIGS if path.startswith(f"configs/{folder}/")}
 
@@ -232,6 +257,79 @@ def test_published_students_of_crosskd(name):
         assert cfg.SOLVER.IMS_PER_BATCH == 8 * cfg.SOLVER.REFERENCE_WORLD_SIZE
 
 
+@pytest.mark.parametrize("path", [path for path in CONFIGS if published_head.STUDENTS.match(path)])
+def test_published_students_of_head(path):
+    published_head.assert_student(path, read(path)[0])
+
+
+@pytest.mark.parametrize("name", [name for name in published_head.TERMS if "tf_head" in name])
+def test_published_assistants_of_tf_head(name):
+    published_head.assert_assistants(name, read(f"configs/head/{name}.yaml")[0])
+
+
+def test_published_msad_of_all():
+    expected = {f"configs/msad/reference/{name}.yaml" for name in PUBLISHED_MSAD}
+    bases = {f"configs/msad/reference/Base-{role}.yaml" for role in ("teacher", "student")}
+    assert expected | bases == {path for path in CONFIGS if path.startswith("configs/msad/reference/")}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_MSAD)
+def test_published_msad(name):
+    cfg, other = read(f"configs/msad/reference/{name}.yaml")
+    *schedule, norm, width = PUBLISHED_MSAD[name]
+    solver, model = cfg.SOLVER, cfg.MODEL
+    found = [solver.IMS_PER_BATCH, solver.BASE_LR, solver.STEPS[-1], solver.MAX_ITER, solver.CHECKPOINT_PERIOD]
+    assert found == schedule and solver.STEPS[0] == schedule[2] * 3 // 4
+    assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR, solver.WARMUP_METHOD) == (500, 0.001, "linear")
+    assert (solver.MOMENTUM, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM) == (0.9, 1e-4, 0)
+    assert not solver.CLIP_GRADIENTS.ENABLED and model.BACKBONE.FREEZE_AT == 0
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (640, 672, 704, 736, 768, 800) and cfg.INPUT.MAX_SIZE_TRAIN == 1333
+    for side in (cfg, other or cfg):
+        assert (side.MODEL.SLIMMABLE.NORM if width else side.MODEL.RESNETS.NORM) == norm
+        assert not width or side.MODEL.SLIMMABLE.WIDTH_MULT == width
+        assert side.INPUT.FORMAT == "BGR" and side.MODEL.PIXEL_MEAN == [103.53, 116.28, 123.675]
+        assert side.MODEL.PIXEL_STD == [1.0, 1.0, 1.0]
+    fcos = model.FCOS
+    assert (fcos.NUM_CONVS, fcos.NORM, fcos.PRIOR_PROB, fcos.NUM_CLASSES) == (4, "GN", 0.01, 80)
+    assert (fcos.SIZES_OF_INTEREST, fcos.CENTER_SAMPLING_RADIUS) == ([64, 128, 256, 512], 1.5)
+    assert (fcos.SCORE_THRESH_TEST, fcos.TOPK_CANDIDATES_TEST, fcos.NMS_THRESH_TEST) == (0.05, 1000, 0.6)
+    assert (fcos.BOX_LOSS, fcos.IOU_OFFSET, fcos.DISTANCES, fcos.CENTERNESS_ON) == ("giou", 1.0, "relu", "box")
+    assert (fcos.INFERENCE, fcos.THRESH_WITH_CTR, cfg.TEST.DETECTIONS_PER_IMAGE) == ("adelaidet", False, 100)
+    assert (fcos.TOWER_BIAS, fcos.PREDICTOR_BIAS) == (True, False)
+    if other is None:
+        assert (model.MSAD.JOINT_WEIGHT, model.MSAD.FACTOR, model.MSAD.FUSION_REDUCTION) == (0.4, 2, 16)
+        return
+    distill = model.DISTILL
+    assert (distill.METHODS, distill.MSAD.WEIGHT, distill.MSAD.SCHEDULE) == (("MSAD",), 0.6, [["Warmup", 500]])
+    assert distill.TEACHER.BATCH_STATISTICS and model.WEIGHTS == ""
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if re.search(r"msad.*student", path)])
+def test_students_of_msad_start_as_their_teachers(path):
+    """Every tensor is inherited, but the differences are none of what the detector is."""
+    cfg, other = read(path)
+    with NoRandomFill():
+        student, teacher = build_student(cfg), build_student(other)
+    for value in teacher.state_dict().values():
+        value.fill_(3)
+    inherit(student, teacher, cfg.MODEL.DISTILL.INHERIT)
+    assert all((value == 3).all() for value in student.state_dict().values())
+    assert cfg.INPUT == other.INPUT
+    family = cfg.MODEL.DISTILL.STUDENT.replace("OpenMMLab", "")
+    assert cfg.MODEL[family] == other.MODEL[family] and cfg.MODEL.PIXEL_MEAN == other.MODEL.PIXEL_MEAN
+    assert cfg.MODEL.MSAD.FACTOR == cfg.MODEL.LOW_RESOLUTION.FACTOR == other.MODEL.MSAD.FACTOR
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.startswith("configs/msad/") and "_1x_" in path])
+def test_the_schedule_of_msad_is_scaled_to_the_gpus(path):
+    """Two GPUs instead of eight: a quarter of the batch and the rate, four times the iterations."""
+    cfg, _ = read(path)
+    scaled = DefaultTrainer.auto_scale_workers(cfg, 2).SOLVER
+    solver = cfg.SOLVER
+    assert (scaled.IMS_PER_BATCH, scaled.BASE_LR) == (solver.IMS_PER_BATCH // 4, pytest.approx(solver.BASE_LR / 4))
+    assert (scaled.MAX_ITER, scaled.STEPS) == (4 * solver.MAX_ITER, tuple(4 * step for step in solver.STEPS))
+
+
 @pytest.mark.parametrize("path", [path for path in CONFIGS if re.search(r"_\dx", path)])
 def test_schedule_is_that_of_the_name(path):
     """1x is 12 passes over the data."""
@@ -249,10 +347,14 @@ def test_solver(path):
     """A learning rate in proportion to the batch, and no exception for norms in the weight decay."""
     cfg, _ = read(path)
     solver = cfg.SOLVER
-    assert solver.BASE_LR / solver.IMS_PER_BATCH == pytest.approx(0.01 / 16)
+    rate = 0.02 if student_config(cfg).MODEL.META_ARCHITECTURE == "GeneralizedRCNN" else 0.01
+    rate *= 3 if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" else 1
+    assert solver.BASE_LR / solver.IMS_PER_BATCH == pytest.approx(rate / 16)
     assert solver.WEIGHT_DECAY_NORM == solver.WEIGHT_DECAY == 1e-4
     assert (solver.MOMENTUM, solver.WARMUP_ITERS) == (0.9, 500)
-    assert solver.CLIP_GRADIENTS.ENABLED == bool(re.search(r"fcos_R_.*_2x_ms(_pkd)?\.yaml", path))
+    clips = re.search(r"/(fcos_R_.*_2x_ms(_pkd)?|openmmlab_faster_rcnn_R_50_FPN_1x)\.yaml", path)
+    clips = clips or published_head.STUDENTS.match(path)
+    assert solver.CLIP_GRADIENTS.ENABLED == bool(clips)
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -300,6 +402,10 @@ def zoo_layout(monkeypatch, detector: str, backbone: str, p6_channels: int):
     for name, value in (("CHANNELS", 256), ("NUM_CLASSES", 80), ("NUM_CONVS", 4), ("SWIN", SWIN_T)):
         monkeypatch.setattr(openmmlab_models, name, value)
     with torch.device("meta"):
+        if detector == "faster_rcnn":
+            body = openmmlab_models.resnet_state(openmmlab_models.resnet(backbone))
+            neck = openmmlab_models.neck_state([256, 512, 1024, 2048], channels=256)
+            return {**body, **neck, **openmmlab_models.two_stage_state(fc_dim=1024)}
         if backbone == "swin":
             body, channels = openmmlab_models.swin_state(openmmlab_models.swin()), [192, 384, 768]
         else:

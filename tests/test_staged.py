@@ -11,13 +11,11 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from d2_distill.detectors import OneStageDetector
+from d2_distill.detectors import MultiScaleDetector, OneStageDetector
 from d2_distill.errors import UserError
 from d2_distill.staged import StagedDense, Tap, Tower, list_staged, stage, stage_detector
 
-from .small_detectors import CASES, all_taps, batch, build, detector_cfg
-
-DENSE = [case for case in CASES if case != "GeneralizedRCNN"]
+from .small_detectors import CASES, ONE_STAGE, all_taps, batch, build, detector_cfg
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def model(request, models) -> nn.Module:
     return copy.deepcopy(models[request.param])
 
 
-@pytest.fixture(params=DENSE)
+@pytest.fixture(params=ONE_STAGE)
 def dense(request, models) -> StagedDense:
     return stage_detector(copy.deepcopy(models[request.param]).eval())
 
@@ -58,11 +56,16 @@ def tensors_in(value) -> list:
     return [tensor for part in parts for tensor in tensors_in(part)]
 
 
+def one_stage(model: nn.Module) -> nn.Module:
+    """The detector itself, or the one inside that runs on several resolutions."""
+    return model.detector if isinstance(model, MultiScaleDetector) else model
+
+
 def final_scores(staged: StagedDense, outputs) -> torch.Tensor:
     """What the detector ranks its detections by, (..., num_classes)."""
     scores = staged.class_scores(outputs)[..., : staged.num_classes]
-    if isinstance(staged.model, OneStageDetector):
-        return staged.model.final_scores(scores, outputs)
+    if isinstance(one_stage(staged.model), OneStageDetector):
+        return one_stage(staged.model).final_scores(scores, outputs)
     return (scores * outputs["centerness"].sigmoid()).sqrt() if "centerness" in outputs else scores
 
 
@@ -135,7 +138,9 @@ def test_each_stage_is_computed_once(model):
     assert all(again[name] is field for name, field in first.items())
     assert calls == expected
     if isinstance(staged, StagedDense):
-        assert calls["head.cls_score"] == calls["head.bbox_pred"] == len(run.features) == 3
+        several = isinstance(model, MultiScaleDetector)
+        head, times = ("detector.head", 3) if several else ("head", 1)
+        assert calls[f"{head}.cls_score"] == calls[f"{head}.bbox_pred"] == times * len(run.features) == times * 3
 
 
 def test_frozen_run_carries_no_gradient(model):
@@ -153,15 +158,17 @@ def test_feature_shapes(model):
     run, shapes = start(staged), staged.feature_shapes()
     assert list(run.features) == list(shapes)
     assert [shape.stride for shape in shapes.values()] == sorted(shape.stride for shape in shapes.values())
+    padded = 128 if isinstance(model, MultiScaleDetector) else 96
     for name, feature in run.features.items():
-        side = 96 // shapes[name].stride
+        side = padded // shapes[name].stride
         assert feature.shape == (2, shapes[name].channels, side, side)
     assert staged.num_classes == 3
 
 
 def test_taps_are_pieces_of_the_tower(dense):
     """Against the head's own layers: behind k blocks is behind the k-th activation, or just in front of it."""
-    subnets = {"cls": dense.model.head.cls_subnet, "box": dense.model.head.bbox_subnet}
+    head = one_stage(dense.model).head
+    subnets = {"cls": head.cls_subnet, "box": head.bbox_subnet}
     assert set(dense.towers) == set(subnets)
     run = start(dense, taps=all_taps(dense), frozen=True)
     features = list(run.features.values())
@@ -197,11 +204,12 @@ def test_outputs_are_in_the_order_of_the_anchors(dense):
     """Cell by cell, row by row, and within a cell anchor by anchor."""
     run, strides = start(dense, frozen=True), [shape.stride for shape in dense.feature_shapes().values()]
     # GFLv2 has one class output too many.
-    box_dim = dense.model.box_coder.box_dim if isinstance(dense.model, OneStageDetector) else 4
+    detector = one_stage(dense.model)
+    box_dim = detector.box_coder.box_dim if isinstance(detector, OneStageDetector) else 4
     widths = {"logits": 4 if dense.kind == "GFLv2" else 3, "deltas": box_dim, "centerness": 1}
     assert set(run.outputs) == set(dense.predictors) <= set(widths)
     for level, (anchors, stride) in enumerate(zip(run.anchors, strides)):
-        side = 96 // stride
+        side = run.images.tensor.shape[-1] // stride
         per_cell = len(anchors) // side**2
         centers = anchors.get_centers()
         cells = [(y, x, a) for y in range(side) for x in range(side) for a in range(per_cell)]
@@ -232,6 +240,6 @@ def test_decoded_outputs_contain_the_detections(dense):
 
 
 def test_a_detector_without_adapter_is_refused():
-    names = "ATSS, FCOS, GFL, GFLv2, GeneralizedRCNN, OpenMMLabFCOS, OpenMMLabRetinaNet, RetinaNet"
-    with pytest.raises(UserError, match=f"Linear cannot be distilled.*choose one of {names} as"):
+    names = "ATSS, FCOS, GFL, GFLv2, GeneralizedRCNN, MultiScaleDetector, OpenMMLabFCOS, OpenMMLabRetinaNet"
+    with pytest.raises(UserError, match=f"Linear cannot be distilled.*choose one of {names}, RetinaNet as"):
         stage_detector(nn.Linear(1, 1))

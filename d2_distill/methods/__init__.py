@@ -6,8 +6,11 @@ from .base import DISTILL_METHOD_REGISTRY, DistillMethod, build_methods, list_me
 from .cross_head import CrossKD
 from .cross_roi import CrossKDRoI
 from .feature_imitation import FeatureImitation
+from .hetero_assist import HEAD
 from .localization import LD
+from .multi_scale_aligned import MSAD
 from .pearson import PKD
+from .teacher_free import TFHEAD
 
 __all__ = [
     "DISTILL_METHOD_REGISTRY",
@@ -17,6 +20,9 @@ __all__ = [
     "CrossKD",
     "CrossKDRoI",
     "FeatureImitation",
+    "HEAD",
     "LD",
+    "MSAD",
     "PKD",
+    "TFHEAD",
 ]

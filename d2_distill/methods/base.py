@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Mapping, Optional, Union
 
 import torch
 from detectron2.config import CfgNode
@@ -12,6 +12,8 @@ from torch import nn
 from ..errors import UserError
 from ..staged import Run, StagedDetector, Taps
 from ..teacher import Teacher
+
+Schedule = Callable[[int], float]
 
 DISTILL_METHOD_REGISTRY = Registry("DISTILL_METHOD")
 DISTILL_METHOD_REGISTRY.__doc__ = """
@@ -27,13 +29,14 @@ class DistillMethod(nn.Module):
 
     Args:
         weights: term name -> weight. A term of weight 0 is not computed.
-        schedule: factor on all weights at an iteration, see :mod:`d2_distill.schedules`.
+        schedule: factor on the weights at an iteration, see :mod:`d2_distill.schedules`; one for all terms, or term
+            name -> its own.
     """
 
-    def __init__(self, *, weights: Dict[str, float], schedule: Callable[[int], float]) -> None:
+    def __init__(self, *, weights: Dict[str, float], schedule: Union[Schedule, Mapping[str, Schedule]]) -> None:
         super().__init__()
         self.weights = {name: weight for name, weight in weights.items() if weight}
-        self.schedule = schedule
+        self.schedules = schedule if isinstance(schedule, Mapping) else dict.fromkeys(self.weights, schedule)
 
     def taps(self) -> Taps:
         """Places in the towers that the method reads from the ``taps`` of both runs, by branch."""
@@ -45,7 +48,7 @@ class DistillMethod(nn.Module):
 
     def weight_at(self, term: str, iteration: int) -> float:
         """Weight of a term at the trainer's iteration."""
-        return self.weights[term] * self.schedule(iteration)
+        return self.weights[term] * self.schedules[term](iteration)
 
 
 def list_methods() -> List[str]:

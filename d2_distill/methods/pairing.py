@@ -58,6 +58,18 @@ def pair_features(
     ]
 
 
+def require_same_channels(pairs: Sequence[FeaturePair], method: str) -> None:
+    """Maps can be compared channel by channel."""
+    for pair in pairs:
+        if pair.student_channels != pair.teacher_channels:
+            raise UserError(
+                f"{method} compares channel by channel, but the student's {pair.student} has "
+                f"{pair.student_channels} channels and the teacher's {pair.teacher} has "
+                f"{pair.teacher_channels}; give both the same MODEL.FPN.OUT_CHANNELS, or use "
+                "FeatureImitation, which adapts them."
+            )
+
+
 def require_teacher(teacher: Optional[Teacher], method: str) -> Teacher:
     if teacher is None:
         raise UserError(f"{method} needs a teacher; set MODEL.DISTILL.TEACHER.CONFIG_FILE and .WEIGHTS.")

@@ -6,11 +6,10 @@ from typing import Any, Dict, List
 
 import torch
 
-from ..errors import UserError
 from ..losses import pearson_loss
 from ..schedules import build_schedule
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .pairing import FeaturePair, pair_features, require_teacher
+from .pairing import FeaturePair, pair_features, require_same_channels, require_teacher
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -31,14 +30,7 @@ class PKD(DistillMethod):
         node = cfg.MODEL.DISTILL.PKD
         teacher = require_teacher(teacher, "PKD")
         pairs = pair_features(student, teacher.staged, node.IN_FEATURES, "MODEL.DISTILL.PKD.IN_FEATURES")
-        for pair in pairs:
-            if pair.student_channels != pair.teacher_channels:
-                raise UserError(
-                    f"PKD compares channel by channel, but the student's {pair.student} has "
-                    f"{pair.student_channels} channels and the teacher's {pair.teacher} has "
-                    f"{pair.teacher_channels}; give both the same MODEL.FPN.OUT_CHANNELS, or use "
-                    "FeatureImitation, which adapts them."
-                )
+        require_same_channels(pairs, "PKD")
         return {
             "pairs": pairs,
             "weights": {"loss_pkd": node.WEIGHT},

@@ -47,7 +47,12 @@ def assert_close(case: Case, key: str, actual: Any, expected: torch.Tensor) -> N
 
 def assert_recorded_gradient(case: Case, key: str, actual: torch.Tensor) -> None:
     """``actual`` is off by at most a part of the recorded array's largest entry."""
-    tolerance, expected = case.data["tolerance"], case.tensor(key)
+    assert_close_gradient(case, key, actual, case.tensor(key))
+
+
+def assert_close_gradient(case: Case, key: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """``actual`` is off by at most a part of the largest entry of ``expected``; ``key`` is for the message."""
+    tolerance = case.data["tolerance"]
     rtol, atol = (tolerance.get(f"grad_{name}", tolerance[name]) for name in ("rtol", "atol"))
     error = (actual.to(expected.dtype) - expected).abs().max()
     assert error <= rtol * expected.abs().max() + atol, f"{case.name} {key}: off by {error:.3g}"

@@ -95,7 +95,6 @@ _PUBLISHED: Dict[Type[OneStageDetector], tuple] = {
             "box_loss": losses.log_iou_loss,
             "box_loss_weight": 1.0,
             "normalizer_floor": 1e-6,
-            "sqrt_scores": False,
             **_FOCAL,
         },
         {"centerness_on": "cls"},

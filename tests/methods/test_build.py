@@ -38,7 +38,7 @@ def test_methods_that_are_switched_off_are_left_out(student, teacher):
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["PKD", "CrossKDD"], "MODEL.DISTILL.METHODS has the unknown 'CrossKDD'; choose from CrossKD, .*, LD, PKD"),
+        (["PKD", "CrossKDD"], "MODEL.DISTILL.METHODS has the unknown 'CrossKDD'; choose from CrossKD, .*, LD, .*PKD"),
         (["PKD", "CrossKD", "PKD"], "MODEL.DISTILL.METHODS has 'PKD' twice"),
     ],
 )
@@ -47,9 +47,9 @@ def test_unknown_and_repeated_names(student, teacher, names, message):
         build_methods(distiller_cfg("RetinaNet", None, names), student, teacher)
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", sorted(set(list_methods()) - {"TFHEAD"}))
 def test_a_teacher_is_needed(student, name):
-    with pytest.raises(UserError, match=f"{name} needs a teacher; set MODEL.DISTILL.TEACHER.CONFIG_FILE"):
+    with pytest.raises(UserError, match=f"{name} (with .* )?needs a teacher; set MODEL.DISTILL.TEACHER.CONFIG_FILE"):
         build_methods(distiller_cfg("RetinaNet", None, [name]), student, None)
 
 

@@ -1,0 +1,113 @@
+"""HEAD between one-stage detectors of different kinds: towers face towers, level by level."""
+
+from __future__ import annotations
+
+from typing import Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..assistants.dense import DenseAssistant, end_channels, tower_ends
+from ..errors import UserError
+from ..staged import DenseRun, StagedDense, Tap
+from ..teacher import Teacher
+from .assistance import Assistance, AssistSetting, Pair
+from .pairing import require_same_strides
+
+KEY = "MODEL.DISTILL.HEAD"
+BRANCHES = ("cls", "box")
+# Branch -> channels of what is adapted, and of what it imitates.
+Channels = Mapping[str, Tuple[int, int]]
+
+
+class SameLevels(AssistSetting):
+    """One-stage student and teacher, their heads reading equal strides; the assistant is of the teacher's kind.
+
+    On every level, and for the class and the box tower each, the end of the assistant's tower (AKD) and a
+    place in the student's (CKD) imitate the end of the teacher's through a 1x1 convolution with bias, which
+    all levels share. The pattern is the publication's with RepPoints as teacher, whose further layers (the
+    predicted points) other detectors do not have; RepPoints itself is left out.
+
+    Args:
+        assistant: of the teacher's kind.
+        akd, ckd: branch -> channels of the adapters; empty without AKD or CKD.
+        cross_tap: place in the student's towers, for CKD; None for their ends.
+    """
+
+    def __init__(
+        self, *, assistant: DenseAssistant, akd: Channels, ckd: Channels, cross_tap: Optional[Tap] = None
+    ) -> None:
+        super().__init__()
+        self.assistant = assistant
+        self.akd, self.ckd = _adapters(akd), _adapters(ckd)
+        self.cross_tap = cross_tap
+
+    @classmethod
+    def build(cls, cfg: CfgNode, student: StagedDense, teacher: Teacher) -> "SameLevels":
+        node = cfg.MODEL.DISTILL.HEAD
+        require_same_strides(student, teacher.staged, "HEAD")
+        names = zip(teacher.staged.feature_shapes(), student.feature_shapes())
+        assistant = DenseAssistant.build(
+            teacher.cfg,
+            teacher.staged.kind,
+            student,
+            names=dict(names),
+            key="The teacher's MODEL.META_ARCHITECTURE",
+        )
+        if node.ASSISTANT_INIT == "teacher":
+            assistant.load(teacher.model)
+        cross_tap = _cross_tap(node.CKD_TAP, student, teacher.staged) if node.CKD_WEIGHT else None
+        akd, ckd = {}, {}
+        for branch in BRANCHES:
+            target = end_channels(teacher.staged, branch)
+            if node.AKD_WEIGHT:
+                akd[branch] = end_channels(assistant.staged, branch), target
+            if node.CKD_WEIGHT:
+                tap = cross_tap or student.towers[branch].end
+                ckd[branch] = student.tap_channels(branch, tap.position), target
+        return cls(assistant=assistant, akd=akd, ckd=ckd, cross_tap=cross_tap)
+
+    def taps(self) -> Dict[str, FrozenSet[Tap]]:
+        return dict.fromkeys(self.ckd, frozenset({self.cross_tap})) if self.cross_tap else {}
+
+    def forward(self, student: DenseRun, teacher: Optional[DenseRun]) -> Assistance:
+        run = self.assistant(student)
+        akd: List[Pair] = []
+        ckd: List[Pair] = []
+        for branch, adapter in self.akd.items():
+            akd += _pairs(adapter, tower_ends(run, branch), tower_ends(teacher, branch))
+        for branch, adapter in self.ckd.items():
+            ours = student.taps[branch][self.cross_tap] if self.cross_tap else tower_ends(student, branch)
+            ckd += _pairs(adapter, ours, tower_ends(teacher, branch))
+        return Assistance(run.losses, akd, ckd)
+
+
+def _adapters(channels: Channels) -> nn.ModuleDict:
+    return nn.ModuleDict({branch: nn.Conv2d(*pair, 1) for branch, pair in channels.items()})
+
+
+def _cross_tap(position: int, student: StagedDense, teacher: StagedDense) -> Optional[Tap]:
+    """The place that ``CKD_TAP`` means in the student's towers; None for their ends."""
+    if position == -1:
+        return None
+    # The places are kept in the teacher's towers too.
+    blocks = [len(side.towers[branch]) for side in (student, teacher) for branch in BRANCHES]
+    if not 0 <= position <= min(blocks):
+        raise UserError(
+            f"{KEY}.CKD_TAP is {position}; the towers of student and teacher have {blocks[0]} and "
+            f"{blocks[-1]} blocks (NUM_CONVS), so it must lie between 0 and {min(blocks)}, or be -1 for the "
+            "student's end."
+        )
+    return Tap(position)
+
+
+def _pairs(adapter: nn.Module, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> List[Pair]:
+    for level, (x, y) in enumerate(zip(ours, theirs)):
+        if x.shape[-2:] != y.shape[-2:]:
+            raise UserError(
+                f"HEAD compares towers location by location, but level {level} is of size "
+                f"{tuple(x.shape[-2:])} in the student and {tuple(y.shape[-2:])} in the teacher: their "
+                "backbones pad the images differently; PKD and FeatureImitation resize."
+            )
+    return [(adapter(x), y) for x, y in zip(ours, theirs)]

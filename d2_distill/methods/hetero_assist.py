@@ -1,0 +1,107 @@
+"""HEAD: an assistant of the teacher's kind on the student's features, between detectors of different kinds."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Optional, Type
+
+import torch
+from detectron2.utils.events import get_event_storage
+
+from ..data.classes import dataset_classes
+from ..detectors.stock import StagedRCNN
+from ..errors import UserError
+from ..schedules import build_schedule
+from ..staged import Run, StagedDense, StagedDetector
+from ..teacher import Teacher
+from .assist_dense import SameLevels
+from .assist_regions import SharedRegions, TracedRegions
+from .assistance import AssistSetting, mimicry_loss, recorded_sum
+from .base import DISTILL_METHOD_REGISTRY, DistillMethod
+from .pairing import require_same_classes, require_teacher
+
+KEY = "MODEL.DISTILL.HEAD"
+
+
+@DISTILL_METHOD_REGISTRY.register()
+class HEAD(DistillMethod):
+    """Hetero-assists distillation (Wang et al., ECCV 2022, arXiv 2207.05345).
+
+    A detection head of the teacher's kind, the assistant, is trained on the student's features beside the student's
+    own head, and is gone after training. The terms:
+
+    - ``loss_assist``: the assistant's own losses on ground truth, which also train the student's backbone; each is
+      recorded as ``assist/<name>``;
+    - ``loss_akd``: features of the assistant imitate the teacher's of the same layer;
+    - ``loss_ckd``: features of the student's own head imitate the teacher's, across kinds.
+
+    Both imitations are mean squared errors behind trained linear layers or 1x1 convolutions, summed over the pairs of
+    features. Without the latter two ("assist only") no teacher is needed.
+
+    Args:
+        setting: how it serves the pair; owns the assistant.
+    """
+
+    def __init__(self, *, setting: AssistSetting, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.setting = setting
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
+        node = cfg.MODEL.DISTILL.HEAD
+        _check_values(node)
+        if node.AKD_WEIGHT or node.CKD_WEIGHT or node.ASSISTANT_INIT == "teacher":
+            teacher = require_teacher(teacher, "HEAD with AKD_WEIGHT, CKD_WEIGHT or ASSISTANT_INIT 'teacher'")
+        setting = _choose(student, teacher)
+        if node.ASSISTANT_INIT == "teacher":
+            require_same_classes(student, teacher, dataset_classes(cfg), "HEAD with ASSISTANT_INIT 'teacher'")
+        return {
+            "setting": setting.build(cfg, student, teacher),
+            "weights": {
+                "loss_assist": node.ASSIST_WEIGHT,
+                "loss_akd": node.AKD_WEIGHT,
+                "loss_ckd": node.CKD_WEIGHT,
+            },
+            "schedule": {
+                f"loss_{part.lower()}": build_schedule(node[f"{part}_SCHEDULE"], f"{KEY}.{part}_SCHEDULE")
+                for part in ("ASSIST", "AKD", "CKD")
+            },
+        }
+
+    def taps(self):
+        return self.setting.taps()
+
+    def forward(self, student: Run, teacher: Optional[Run]) -> Dict[str, torch.Tensor]:
+        # The student's own head may record the same names.
+        with get_event_storage().name_scope("assist"):
+            assistance = self.setting(student, teacher)
+            terms = {"loss_assist": recorded_sum(assistance.losses)}
+        if "loss_akd" in self.weights:
+            terms["loss_akd"] = mimicry_loss(assistance.akd)
+        if "loss_ckd" in self.weights:
+            terms["loss_ckd"] = mimicry_loss(assistance.ckd)
+        return terms
+
+
+def _check_values(node) -> None:
+    if node.ASSISTANT_INIT not in ("teacher", "fresh"):
+        raise UserError(f"{KEY}.ASSISTANT_INIT is {node.ASSISTANT_INIT!r}; choose 'teacher' or 'fresh'.")
+    if not node.ASSIST_WEIGHT and (node.AKD_WEIGHT or node.CKD_WEIGHT):
+        raise UserError(
+            f"{KEY}.ASSIST_WEIGHT is 0, but AKD_WEIGHT is {node.AKD_WEIGHT} and CKD_WEIGHT {node.CKD_WEIGHT}: the "
+            "assistant has to learn from the labels; raise it, or set all three to 0."
+        )
+
+
+def _choose(student: StagedDetector, teacher: Optional[Teacher]) -> Type[AssistSetting]:
+    """The setting for a pair of these kinds."""
+    if isinstance(student, StagedRCNN):
+        if teacher is not None and not isinstance(teacher.staged, StagedRCNN):
+            raise UserError(
+                f"HEAD cannot use the student {student.kind} with the teacher {teacher.staged.kind}: a two-stage "
+                "student needs a two-stage teacher, while a one-stage student may have either kind; PKD and "
+                "FeatureImitation work for any pair."
+            )
+        return SharedRegions
+    if teacher is not None and isinstance(teacher.staged, StagedDense):
+        return SameLevels
+    return TracedRegions

@@ -1,0 +1,81 @@
+"""TF-HEAD's imitation terms: losses along the schedule, and gradients."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import List
+
+import torch
+from detectron2.structures import Instances
+from torch import nn
+
+from d2_distill.methods import TFHEAD
+from d2_distill.methods.tracing import TracedAdapter
+from d2_distill.schedules import build_schedule
+from d2_distill.staged import Tap
+
+from ..cases import Case
+from ..dispatch import assert_close, assert_recorded
+
+LEVELS = [f"p{level}" for level in range(3, 8)]
+# Any place will do: the towers are recorded.
+TAP = Tap(1)
+
+
+def _method(case: Case) -> TFHEAD:
+    (out_dim, channels), num_anchors = case.arrays["conv1x1.weight"].shape[:2], 9
+    student = SimpleNamespace(
+        tap_channels=lambda branch, position: channels,
+        model=SimpleNamespace(anchor_generator=SimpleNamespace(num_anchors=[num_anchors])),
+    )
+    data, rcnn_dim = case.data, case.arrays["rcnn_feature"].shape[1]
+    terms = {"loss_cross_dense": data["weights"]["fcos"], "loss_cross_rcnn": data["weights"]["rcnn"]}
+    method = TFHEAD(
+        cross_dense=nn.Conv2d(channels, out_dim, 1),
+        cross_rcnn=TracedAdapter(student, TAP, rcnn_dim, per_anchor=True),
+        weights=terms,
+        schedule=build_schedule([["Warmup", data["warmup"]], ["EarlyStop", data["early_stop"]]]),
+    )
+    for adapter, name in ((method.cross_dense, "conv1x1"), (method.cross_rcnn.linear, "decouple")):
+        adapter.load_state_dict({part: case.tensor(f"{name}.{part}") for part in ("weight", "bias")})
+    return method
+
+
+def _regions(case: Case) -> List[Instances]:
+    """The recorded regions, one entry an image."""
+    images, positions = case.tensor("roi_ids").long().split([1, 4], dim=1)
+    assert torch.equal(images, images.sort(dim=0).values)
+    return [Instances((128, 160), positions=positions[images[:, 0] == image]) for image in (0, 1)]
+
+
+def check_tf_head(case: Case) -> None:
+    ours, theirs = (
+        [case.tensor(f"{name}_cls_tower_{level}").requires_grad_() for level in LEVELS]
+        for name in ("student", "fcos")
+    )
+    vectors = case.tensor("rcnn_feature").requires_grad_()
+    method, student = _method(case), SimpleNamespace(taps={"cls": {TAP: ours}})
+    regions = _regions(case)
+    assert_recorded(case, "decoupled", method.cross_rcnn(student, regions, vectors)[0])
+    terms = {
+        "loss_cross_dense": method.imitate_dense(ours, theirs),
+        "loss_cross_rcnn": method.imitate_rcnn(student, regions, vectors),
+    }
+
+    recorded = {
+        "loss_cross_dense": case.tensor("loss_self_fcos_per_level").sum(dim=1),
+        "loss_cross_rcnn": case.tensor("loss_self_rcnn"),
+    }
+    iterations = case.arrays["iterations"].tolist()
+    for term, value in terms.items():
+        weighted = torch.stack([value * method.weight_at(term, iteration) for iteration in iterations])
+        assert_close(case, term, weighted, recorded[term])
+    for term, name in (("loss_cross_dense", "fcos"), ("loss_cross_rcnn", "rcnn")):
+        total = terms[term] * method.weight_at(term, iterations[2])
+        found = torch.autograd.grad(total, [*ours, *theirs, vectors], allow_unused=True)
+        for level, gradient in zip(LEVELS, found):
+            assert_recorded(case, f"grad_student_{name}_{level}", gradient)
+        assert found[len(ours) :] == (None,) * (len(theirs) + 1), "the imitation reaches an assistant"
+
+
+CHECKS = {"tf_head": check_tf_head}
