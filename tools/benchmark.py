@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Measures what distillation costs a training step, and how fast a checkpoint detects.
+"""Measures what distillation costs a training step, how fast a checkpoint detects, and how large a detector is.
 
     python tools/benchmark.py step --config-file configs/quickstart/distilled.yaml --image-size 256 256
     python tools/benchmark.py inference --config-file configs/quickstart/student.yaml MODEL.WEIGHTS model.pth
+    python tools/benchmark.py size --config-file configs/quickstart/student.yaml --image-size 800 1333
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List
+from typing import Any, Callable, Dict, Iterable, List, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
@@ -23,30 +24,38 @@ import torch
 from d2_distill.checkpoint import load_exactly
 from d2_distill.data.checks import check_dataset
 from d2_distill.data.registration import register_datasets
-from d2_distill.distiller import Distiller
+from d2_distill.distiller import CHECKED_STEPS, Distiller
 from d2_distill.engine.optimizer import build_optimizer
 from d2_distill.engine.setup import load_config
 from d2_distill.engine.trainer import Trainer
 from d2_distill.errors import UserError
+from d2_distill.evaluation.complexity import count_parameters, flops_by_module
 from d2_distill.evaluation.speed import seconds_in_turns, seconds_of, synthetic_batch
-from d2_distill.staged import DenseRun
-from d2_distill.student import build_student
+from d2_distill.staged import DenseRun, stage_detector
+from d2_distill.student import DISTILLER, build_student
 from d2_distill.teacher import teacher_config
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 STEP = """
 Four arms run interleaved in one process on one synthetic batch: a step of the plain student, the forward pass
-of the teacher (to its raw predictions), a step of the distilled student, and the distillation terms alone:
-forward and backward of the methods, given all that the student's own losses and the teacher compute. Ratios
-within a run are what to report.
+of the teacher (to its raw predictions; if there is one), a step of the distilled student, and the distillation
+terms alone: forward and backward of the methods, given all that the student's own losses and the teacher compute.
+Ratios within a run are what to report. --baseline adds two arms: a distilled step with other config values, such as
+one without imitation, and what the distilled step runs of the teacher; their sum is what it should cost.
 """
 INFERENCE = """
 Images a second of the plain student with MODEL.WEIGHTS ("" keeps the initial weights), one image a batch:
 forward and post-processing, without the loading of data, on the first set of DATASETS.TEST or on a synthetic
 image. No teacher is built.
+"""
+SIZE = """
+Parameters of the plain student and of its parts, and their multiply-adds (each counts as one) when it detects in
+a synthetic image. Those of a two-stage detector depend on its proposals. Of a distilled student also what the forward
+pass of a training step adds to its own, and the parameters trained beside it. No weights are loaded.
 """
 WARMUP_IMAGES = 5  # not counted: allocation and autotuning
 Batch = List[Dict[str, Any]]
@@ -79,6 +88,34 @@ def teacher_forward(distiller: Distiller, batch: Batch) -> Callable[[], None]:
                 teacher.model(batch)
 
     return forward
+
+
+def teacher_part(distiller: Distiller, batch: Batch) -> Callable[[], None]:
+    """What a distilled step runs of the teacher without gradient, layer by layer."""
+    calls, running = [], []
+
+    def enter(module: nn.Module, args, kwargs) -> None:
+        if not running and not torch.is_grad_enabled():
+            calls.append((module, args, kwargs))
+        running.append(module)
+
+    def leave(module: nn.Module, args, output) -> None:
+        running.pop()
+
+    hooks = []
+    for module in distiller.teacher.model.modules():
+        hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.append(module.register_forward_hook(leave))
+    distiller.train()(batch)
+    for hook in hooks:
+        hook.remove()
+
+    @torch.no_grad()
+    def part() -> None:
+        for module, args, kwargs in calls:
+            module(*args, **kwargs)
+
+    return part
 
 
 def distillation_terms(distiller: Distiller, batch: Batch) -> Callable[[], None]:
@@ -129,17 +166,18 @@ def build_distiller(cfg: CfgNode) -> Distiller:
     cfg = cfg.clone()
     cfg.defrost()
     with tempfile.TemporaryDirectory() as folder:
-        cfg.MODEL.DISTILL.TEACHER.WEIGHTS = str(Path(folder) / "teacher.pth")
-        teacher = damp(build_student(teacher_config(cfg)))
-        torch.save({"model": teacher.state_dict()}, cfg.MODEL.DISTILL.TEACHER.WEIGHTS)
+        if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
+            cfg.MODEL.DISTILL.TEACHER.WEIGHTS = str(Path(folder) / "teacher.pth")
+            teacher = damp(build_student(teacher_config(cfg)))
+            torch.save({"model": teacher.state_dict()}, cfg.MODEL.DISTILL.TEACHER.WEIGHTS)
         distiller = Distiller(cfg).to(cfg.MODEL.DEVICE)
     damp(distiller.student)
     return distiller
 
 
 def benchmark_step(cfg: CfgNode, args: argparse.Namespace) -> None:
-    if cfg.MODEL.META_ARCHITECTURE != "Distiller" or not cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
-        raise UserError(f"{args.config_file} distils nothing; name a config with a MODEL.DISTILL.TEACHER.")
+    if cfg.MODEL.META_ARCHITECTURE != DISTILLER:
+        raise UserError(f"{args.config_file} distils nothing; name a config with META_ARCHITECTURE {DISTILLER}.")
     register_datasets(cfg)
     distiller = build_distiller(cfg)
     if not distiller.methods:
@@ -147,20 +185,32 @@ def benchmark_step(cfg: CfgNode, args: argparse.Namespace) -> None:
     student = damp(build_student(cfg))
     batch = synthetic_batch(args.batch_size, *args.image_size, num_classes=distiller.staged.num_classes)
     with EventStorage():
-        arms = {
-            "plain student step": training_step(student, cfg, batch),
-            "teacher forward": teacher_forward(distiller, batch),
-            "distilled step": training_step(distiller, cfg, batch),
-            "distillation terms": distillation_terms(distiller, batch),
-        }
+        arms = {"plain student step": training_step(student, cfg, batch)}
+        if distiller.teacher is not None:
+            arms["teacher forward"] = teacher_forward(distiller, batch)
+        arms["distilled step"] = training_step(distiller, cfg, batch)
+        arms["distillation terms"] = distillation_terms(distiller, batch)
+        if args.baseline:
+            baseline = cfg.clone()
+            baseline.defrost()
+            baseline.merge_from_list(args.baseline)
+            arms["baseline step"] = training_step(build_distiller(baseline), baseline, batch)
+            if distiller.teacher is not None:
+                arms["teacher's part"] = teacher_part(distiller, batch)
         seconds = seconds_in_turns(arms, warmup=args.warmup, rounds=args.steps)
     rows = [[name, 1e3 * statistics.median(times), 1e3 * min(times)] for name, times in seconds.items()]
     print(tabulate(rows, headers=["", "median ms", "minimum ms"], floatfmt=".1f"))
-    plain, teacher, distilled, terms = torch.tensor(list(seconds.values()), dtype=torch.float64)
-    # Ratio step by step, since neighbouring steps share the machine's mood.
-    print(f"distilled / (plain + teacher): {(distilled / (plain + teacher)).median():.3f}")
-    print(f"distilled / plain:             {(distilled / plain).median():.3f}")
-    print(f"terms / plain:                 {(terms / plain).median():.3f}")
+    # Ratios step by step, since neighbouring steps share the machine's mood.
+    times = {name: torch.tensor(each, dtype=torch.float64) for name, each in seconds.items()}
+    plain, distilled = times["plain student step"], times["distilled step"]
+    ratios = {"distilled / plain": distilled / plain, "terms / plain": times["distillation terms"] / plain}
+    if "teacher forward" in times:
+        ratios = {"distilled / (plain + teacher)": distilled / (plain + times["teacher forward"]), **ratios}
+    if "baseline step" in times:
+        expected = times["baseline step"] + times.get("teacher's part", 0)
+        ratios["distilled / (baseline + teacher's part)"] = distilled / expected
+    for name, ratio in ratios.items():
+        print(f"{name + ':':30} {ratio.median():.3f}")
 
 
 def test_images(cfg: CfgNode, args: argparse.Namespace) -> Iterable[Batch]:
@@ -194,6 +244,57 @@ def benchmark_inference(cfg: CfgNode, args: argparse.Namespace) -> None:
     print(f"Overall: {fps:.1f} images/s, median {1e3 * median:.1f} ms, {len(seconds)} images, {model.device}")
 
 
+def report_size(cfg: CfgNode, args: argparse.Namespace) -> None:
+    model = build_student(cfg).eval()
+    batch = synthetic_batch(1, *args.image_size, num_classes=1)
+    height, width = stage_detector(model).preprocess(batch).tensor.shape[-2:]
+    # The detector, its parts, and what the pyramid stands on.
+    flops = {
+        name: count
+        for name, count in flops_by_module(model, batch).items()
+        if "." not in name or name.endswith(".bottom_up")
+    }
+    rows = [
+        [name or type(model).__name__, count_parameters(model.get_submodule(name)) / 1e6, flops[name] / 1e9]
+        for name in sorted(flops)
+    ]
+    print("Image of {} x {}, padded to {} x {}".format(*args.image_size, height, width))
+    headers = ["", "parameters (M)", "multiply-adds (G)"]
+    print(tabulate(rows, headers=headers, floatfmt=".3f"))
+    if cfg.MODEL.META_ARCHITECTURE == DISTILLER:
+        headers[0] = "training step, forward"
+        print(tabulate(training_rows(build_distiller(cfg), args.image_size), headers=headers, floatfmt=".3f"))
+
+
+def training_rows(distiller: Distiller, image_size: Sequence[int]) -> List[List[Any]]:
+    """Name, parameters and multiply-adds of the forward pass of a step: of the student alone, and what comes to it."""
+    num_classes = distiller.staged.num_classes
+    batch = synthetic_batch(1, *image_size, num_classes=num_classes)
+    small = synthetic_batch(1, 128, 128, num_classes=num_classes)
+    distiller.train()
+    with EventStorage():
+        for _ in range(CHECKED_STEPS):  # which cost more
+            distiller(small)
+        whole, student = (multiply_adds(lambda: model(batch)) for model in (distiller, distiller.student))
+        teacher = parameters = 0
+        if distiller.teacher is not None:
+            staged = distiller.teacher.staged
+            teacher = multiply_adds(lambda: staged.run(staged.preprocess(batch), frozen=True).features)
+            parameters = count_parameters(distiller.teacher.model)
+    rest = "methods: assistants, teacher's head, adapters"
+    return [
+        ["student", count_parameters(distiller.student) / 1e6, student / 1e9],
+        ["teacher's features", parameters / 1e6, teacher / 1e9],
+        [rest, count_parameters(distiller.methods) / 1e6, (whole - student - teacher) / 1e9],
+    ]
+
+
+def multiply_adds(forward: Callable[[], Any]) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops() // 2
+
+
 def parse_args() -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config-file", required=True, metavar="FILE")
@@ -201,7 +302,7 @@ def parse_args() -> argparse.Namespace:
     common.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(required=True, metavar="step|inference")
+    commands = parser.add_subparsers(required=True, metavar="step|inference|size")
 
     step = commands.add_parser("step", description=STEP, parents=[common], help="cost of training")
     step.set_defaults(command=benchmark_step)
@@ -210,12 +311,17 @@ def parse_args() -> argparse.Namespace:
     step.add_argument("--batch-size", type=int, default=2)
     step.add_argument("--steps", type=int, default=20, help="timed steps of each arm")
     step.add_argument("--warmup", type=int, default=5)
+    step.add_argument("--baseline", nargs="+", default=[], metavar="KEY VALUE", help="config values of the baseline")
 
     inference = commands.add_parser("inference", description=INFERENCE, parents=[common], help="images/s")
     inference.set_defaults(command=benchmark_inference)
     inference.add_argument("--image-size", **size, help="measure a synthetic image")
     inference.add_argument("--max-images", type=int, default=2000)
     inference.add_argument("--log-interval", type=int, default=50, metavar="IMAGES")
+
+    size_of = commands.add_parser("size", description=SIZE, parents=[common], help="parameters, multiply-adds")
+    size_of.set_defaults(command=report_size)
+    size_of.add_argument("--image-size", **size, default=(800, 1333))
     return parser.parse_args()
 
 

@@ -9,15 +9,13 @@ makes the model.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
-import torch
-from d2_distill.checkpoint import load_exactly
+from d2_distill.conversion import require_new_file, save_converted
 from d2_distill.errors import UserError
 from d2_distill.openmmlab import STYLES, convert, read_checkpoint
 from d2_distill.student import build_student
@@ -33,10 +31,7 @@ and then, in the config of the student:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.output.suffix != ".pth":
-        raise UserError(f"{args.output} must end with .pth, by which Detectron2 knows the format.")
-    if args.output.exists():
-        raise UserError(f"{args.output} exists already; remove it or choose another name.")
+    require_new_file(args.output)
     if len(args.opts) % 2:
         raise UserError(f"KEY VALUE: {' '.join(args.opts)} is an odd number of words; give each key a value.")
     checkpoint = read_checkpoint(args.input)
@@ -54,18 +49,9 @@ def run(args: argparse.Namespace) -> None:
         for name, value in conversion.state_dict.items()
         if name in model.state_dict() or not name.endswith(".num_batches_tracked")
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": state}, args.output)
-    try:
-        load_exactly(model, str(args.output), key=f"{args.input} as {cfg.MODEL.META_ARCHITECTURE}")
-    except BaseException:
-        args.output.unlink()
-        raise
+    key = f"{args.input} as {cfg.MODEL.META_ARCHITECTURE}"
+    save_converted(state, model, args.output, source=args.input, key=key)
     print(conversion.yaml(WEIGHTS=str(args.output)), end="")
-    values = sum(value.numel() for value in state.values())
-    for verb, path in (("Read ", args.input), ("Wrote", args.output)):
-        print(f"{verb} {path}: {os.path.getsize(path) / 1e6:.2f} MB", file=sys.stderr)
-    print(f"{len(state)} tensors, {values / 1e6:.2f} M values", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from ..checkpoint import require_file
 from ..config import read_config
 from ..data.checks import check_datasets
 from ..data.registration import register_datasets
+from ..errors import UserError
 from ..evaluation.voc import voc_convention
 from ..student import DISTILLER, build_student, num_classes_key
 from .evaluate import load_student
@@ -49,6 +50,7 @@ def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
             model = load_student(cfg, resume=args.resume)
             run_cfg = _of_evaluation(cfg)
         else:
+            _check_reference_world_size(cfg)
             claim_output_dir(cfg, resume=args.resume)
             model = _initialised(cfg, resume=args.resume)
             run_cfg = cfg
@@ -72,6 +74,21 @@ def load_config(config_file: str, opts: Sequence[str]) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     return cfg
+
+
+def _check_reference_world_size(cfg: CfgNode) -> None:
+    """
+    Raises:
+        UserError: the trainer could not scale the schedule to the number of processes.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, no multiple of SOLVER.REFERENCE_WORLD_SIZE "
+            f"{reference}. Batch, BASE_LR, WARMUP_ITERS, STEPS and MAX_ITER are those of that many GPUs and "
+            "are scaled to the number there is; leave them as they are, or set REFERENCE_WORLD_SIZE to 0 and "
+            "change all of them."
+        )
 
 
 def _initialised(cfg: CfgNode, resume: bool) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .backbones import pyramid
 from .conversion import Conversion, convert
 from .heads import dense_head
-from .reading import Checkpoint, read_checkpoint
+from .reading import Checkpoint, read_checkpoint, read_tensors
 from .tensors import Tensors
 from .training_config import STYLES
 
@@ -18,4 +18,5 @@ __all__ = [
     "dense_head",
     "pyramid",
     "read_checkpoint",
+    "read_tensors",
 ]

@@ -30,9 +30,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     Raises:
         UserError: the file is missing, cannot be read, or holds no tensors under "state_dict".
     """
-    require_file(path, key="The checkpoint")
-    with readable(path, key="The checkpoint"):
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_TensorPickle)
+    content = read_tensors(path)
     state_dict = content.get("state_dict") if isinstance(content, dict) else None
     if not (isinstance(state_dict, dict) and state_dict):
         raise UserError(
@@ -47,6 +45,17 @@ def read_checkpoint(path: str) -> Checkpoint:
     meta = content.get("meta")
     texts = [meta.get(key) for key in ("config", "cfg")] if isinstance(meta, dict) else []
     return Checkpoint(dict(state_dict), next((text for text in texts if isinstance(text, str)), ""))
+
+
+def read_tensors(path: str) -> Any:
+    """The content of a checkpoint file, with a stand-in for whatever is neither a tensor nor of Python's own types.
+
+    Raises:
+        UserError: the file is missing or cannot be read.
+    """
+    require_file(path, key="The checkpoint")
+    with readable(path, key="The checkpoint"):
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_TensorPickle)
 
 
 class _Ignored:

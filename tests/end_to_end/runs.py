@@ -62,6 +62,25 @@ FASTER_RCNN = {
         "ROI_BOX_HEAD": {"NAME": "FastRCNNConvFCHead", "NUM_FC": 1, "FC_DIM": 16, "POOLER_RESOLUTION": 3},
     }
 }
+# Of a student without a running normaliser, and a dense assistant with one.
+TF_HEAD = {
+    "MODEL": {
+        "META_ARCHITECTURE": "Distiller",
+        "GFL": {"NUM_CLASSES": 2, "IN_FEATURES": ["p3", "p4", "p5"], "NUM_CONVS": 1},
+        "RPN": {"POST_NMS_TOPK_TRAIN": 50},
+        "ROI_HEADS": FASTER_RCNN["MODEL"]["ROI_HEADS"],
+        "ROI_BOX_HEAD": FASTER_RCNN["MODEL"]["ROI_BOX_HEAD"],
+        "DISTILL": {
+            "STUDENT": "GFL",
+            "METHODS": ["TFHEAD"],
+            "TF_HEAD": {
+                "DENSE_ASSISTANT": "RetinaNet",
+                "ASSIST_SCHEDULE": [["Warmup", 4]],
+                "CROSS_SCHEDULE": [["Warmup", 4], ["EarlyStop", 6]],
+            },
+        },
+    }
+}
 
 
 def merged(*configs: Dict[str, Any]) -> Dict[str, Any]:

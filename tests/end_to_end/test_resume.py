@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from .runs import (
-    FASTER_RCNN, QUIET, RECORDER, TINY, assert_equal, assert_same_run, checkpoint, distiller, losses,
+    FASTER_RCNN, QUIET, RECORDER, TF_HEAD, TINY, assert_equal, assert_same_run, checkpoint, distiller, losses,
     write_config,
 )
 
@@ -28,11 +28,12 @@ def test_killed_run(server, recorded, tmp_path):
     assert_same_run(tmp_path / "killed", recorded.folder, iterations=ITERATIONS)
 
 
-@pytest.mark.parametrize("kind", ["Distiller", "Faster R-CNN"])
+@pytest.mark.parametrize("kind", ["Distiller", "Faster R-CNN", "TF-HEAD"])
 def test_killed_run_of_another_kind(server, data, teacher, tmp_path, kind):
     special = {
         "Distiller": distiller(teacher.config, teacher.weights, "CrossKD", "PKD", "FeatureImitation"),
         "Faster R-CNN": FASTER_RCNN,
+        "TF-HEAD": TF_HEAD,
     }[kind]
     config = write_config(tmp_path / "config.yaml", TINY, data, QUIET, special)
     server.run("--config-file", config, "OUTPUT_DIR", tmp_path / "whole", script=RECORDER).succeeded()

@@ -11,7 +11,9 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from d2_distill.evaluation.complexity import count_flops, count_parameters
 from d2_distill.staged import Tap
+from d2_distill.student import build_student
 
 from ..data.small_sets import WIDE, write_coco
 from ..small_detectors import NUM_CLASSES, batch, build, detector_cfg, distiller_cfg, save_teacher
@@ -71,6 +73,40 @@ def test_step(case, methods, teachers, tmp_path, call):
     assert all(median >= minimum > 0 for median, minimum in arms.values())
     ratios = dict(line.split(": ") for line in lines[6:])
     assert tuple(ratios) == RATIOS and all(float(ratio) > 0 for ratio in ratios.values())
+
+
+def test_step_without_a_teacher(tmp_path, call):
+    cfg = distiller_cfg("RetinaNet", None, ["TFHEAD"], DISTILL__TF_HEAD__RCNN_WEIGHT=0.0,
+                        DISTILL__TF_HEAD__CROSS_RCNN_WEIGHT=0.0)
+    config = write(tmp_path / "distilled.yaml", cfg)
+    options = ("--image-size", 64, 96, "--batch-size", 1, "--steps", 2, "--warmup", 1, "--threads", 1)
+    lines = call("step", "--config-file", config, *options)
+    assert [line[:20].strip() for line in lines[2:5]] == [
+        "plain student step", "distilled step", "distillation terms"
+    ]
+    assert [line.partition(":")[0] for line in lines[5:]] == list(RATIOS[1:])
+
+
+def test_step_with_a_baseline(teacher, tmp_path, call):
+    config = write(tmp_path / "distilled.yaml", distiller_cfg("RetinaNet", teacher, ["PKD", "CrossKD"]))
+    baseline = ("--baseline", "MODEL.DISTILL.METHODS", "('PKD',)")
+    options = ("--image-size", 64, 96, "--batch-size", 1, "--steps", 2, "--warmup", 1, "--threads", 1)
+    lines = call("step", "--config-file", config, *baseline, *options, "SOLVER.BASE_LR", 0.001)
+    assert [line[:20].strip() for line in lines[6:8]] == ["baseline step", "teacher's part"]
+    name, ratio = lines[-1].split(": ")
+    assert name == "distilled / (baseline + teacher's part)" and float(ratio) > 0
+
+
+@pytest.mark.parametrize("methods, heads", [(["PKD"], 0), (["PKD", "CrossKD"], 3)])
+def test_teachers_part_is_what_the_step_runs_of_it(teacher, methods, heads):
+    """CrossKD runs the teacher's head on three levels of its own features; what the student's run there is not counted."""
+    model, calls = build_model(distiller_cfg("RetinaNet", teacher, methods)), []
+    with EventStorage():
+        part = benchmark.teacher_part(model, batch())
+    model.teacher.model.backbone.register_forward_hook(lambda *_: calls.append("backbone"))
+    model.teacher.model.head.cls_score.register_forward_hook(lambda *args: calls.append(args[2].requires_grad))
+    part()
+    assert calls == ["backbone"] + [False] * heads
 
 
 def test_terms_are_computed_alone(teacher):
@@ -182,3 +218,47 @@ def test_weights_of_another_model_are_refused(tmp_path, config, call):
     torch.save({"model": build(detector_cfg("RetinaNet", RETINANET__NUM_CONVS=1)).state_dict()}, other)
     with pytest.raises(SystemExit, match="error: MODEL.WEIGHTS: .*other.pth does not fit the model"):
         call("inference", "--config-file", config, "MODEL.WEIGHTS", other)
+
+
+def test_size(tmp_path, call):
+    """A pyramid on a small image is counted there."""
+    cfg = detector_cfg(
+        "OpenMMLabFCOS", BACKBONE__NAME="build_low_resolution_backbone", FPN__TOP_BLOCK="",
+        LOW_RESOLUTION__BACKBONE="build_p3p7_resnet_fpn_backbone", RESNETS__RES2_OUT_CHANNELS=64,
+        RESNETS__OUT_FEATURES=["res2", "res3", "res4", "res5"], FPN__IN_FEATURES=["res2", "res3", "res4", "res5"],
+    )
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6"]
+    cfg.MODEL.FCOS.SIZES_OF_INTEREST = [16, 32, 64]
+    lines = call("size", "--config-file", write(tmp_path / "a.yaml", cfg), "--image-size", 100, 120)
+    assert lines[0] == "Image of 100 x 120, padded to 128 x 128"
+    rows = {name: (float(size), float(flops)) for name, size, flops in (line.split() for line in lines[3:])}
+    assert list(rows) == ["OpenMMLabFCOS", "backbone", "backbone.pyramid.bottom_up", "head"]
+    model = build_student(cfg).eval()
+    for name, module in (("OpenMMLabFCOS", model), ("head", model.head)):
+        assert rows[name][0] == pytest.approx(count_parameters(module) / 1e6, abs=1e-3)
+    bottom_up = count_flops(model.backbone.bottom_up, torch.zeros(1, 3, 64, 64))
+    assert rows["backbone.pyramid.bottom_up"][1] == pytest.approx(bottom_up / 1e9, abs=1e-3) and bottom_up > 1e7
+    whole, backbone, _, head = (flops for _, flops in rows.values())
+    assert whole == pytest.approx(backbone + head, abs=2e-3)
+
+
+@pytest.mark.parametrize("method, trained", [("PKD", 0), ("FeatureImitation", 3 * (32 * 32 + 32))])
+def test_size_of_what_a_step_adds(method, trained, teacher, tmp_path, call):
+    cfg = distiller_cfg("RetinaNet", teacher, [method], DISTILL__TEACHER__WEIGHTS="")
+    lines = call("size", "--config-file", write(tmp_path / "a.yaml", cfg), "--image-size", 400, 500)
+    first = next(number for number, line in enumerate(lines) if line.startswith("training step"))
+    rows = {line[:-40].strip(): [float(x) for x in line.split()[-2:]] for line in lines[first + 2 :]}
+    student = build_student(cfg).eval()
+    image = {"image": torch.zeros(3, 400, 500)}
+    backbone = count_flops(student.backbone, student.preprocess_image([image]).tensor)
+    assert rows.pop("student") == pytest.approx(
+        [count_parameters(student) / 1e6, count_flops(student, [image]) / 1e9], abs=1e-3
+    )
+    assert rows.pop("teacher's features") == pytest.approx(
+        [count_parameters(student) / 1e6, backbone / 1e9], abs=1e-3
+    )
+    [(name, (parameters, flops))] = rows.items()
+    assert name.startswith("methods") and parameters == pytest.approx(trained / 1e6, abs=1e-3)
+    # 1x1 convolutions on the three levels of 416 x 512 pixels
+    cells = sum(416 * 512 // stride**2 for stride in (8, 16, 32))
+    assert flops == pytest.approx(cells * 32 * 32 / 1e9 if trained else 0, abs=1e-3)

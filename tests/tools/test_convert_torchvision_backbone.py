@@ -17,8 +17,9 @@ from detectron2.modeling import build_backbone
 from torch import nn
 
 from d2_distill.backbones import FixedBatchNorm2d
-from d2_distill.config import get_distill_cfg
+from d2_distill.config import get_distill_cfg, read_config
 from d2_distill.errors import UserError
+from d2_distill.student import build_student
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -116,6 +117,36 @@ def test_every_tensor_arrives(architecture, builder, tmp_path, monkeypatch):
         assert torch.equal(value, expected), name
     loaded = {name for name in theirs if trunk + name[len("features."):] in before}
     assert set(theirs) - loaded == {name for name in theirs if name.startswith(("classifier.", "norm.", "head."))}
+
+
+def test_weights_of_tensorflow_with_their_config(tmp_path, monkeypatch):
+    """From a file in torchvision's layout to features of RGB images, with TensorFlow's padding and statistics."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.mobilenet_v2().eval()
+    for name, buffer in theirs.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.uniform_(0.5, 1.5)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    monkeypatch.setattr(sys, "argv", ["convert", str(tmp_path / "weights.pth"), str(tmp_path / "weights.pkl")])
+    tool.main()
+    opts = ["MODEL.WEIGHTS", str(tmp_path / "weights.pkl"), "MODEL.DEVICE", "cpu"]
+    cfg = read_config(str(ROOT / "configs" / "bccd" / "mnv2_student.yaml"), opts, source="The config")
+    assert cfg.INPUT.FORMAT == "RGB"
+    student = build_student(cfg).eval()
+    DetectionCheckpointer(student).load(cfg.MODEL.WEIGHTS)
+
+    for block in theirs.features.modules():
+        if isinstance(block, nn.Sequential) and isinstance(block[0], nn.Conv2d) and block[0].stride == (2, 2):
+            block[0].padding = (0, 0)
+            block.insert(0, nn.ZeroPad2d((0, 1, 0, 1)))  # left, right, top, bottom
+    image = torch.randint(256, (3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        ours = student.backbone.bottom_up(student.preprocess_image([{"image": image}]).tensor)
+        x = (image.float()[None] - 128) / 128
+        for name, layers in (("res3", 7), ("res4", 14), ("res5", 19)):
+            expected = theirs.features[:layers](x)
+            assert expected.std() > 0
+            torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 def test_older_checkpoints_lack_the_counters():

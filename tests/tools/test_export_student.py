@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 from d2_distill.checkpoint import load_exactly
 from d2_distill.engine.trainer import build_checkpointer
+from d2_distill.evaluation.complexity import count_flops, count_parameters
 
-from ..small_detectors import batch, build, detector_cfg
+from ..small_detectors import batch, build, detector_cfg, distiller_cfg, save_teacher
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import export_student  # noqa: E402
@@ -78,6 +81,62 @@ def test_loads_as_the_plain_student(saved, tmp_path, monkeypatch, half):
         for ours, theirs in zip(plain(batch()), model(batch())):
             ours, theirs = ours["instances"], theirs["instances"]
             assert len(ours) > 0 and torch.equal(ours.scores, theirs.scores)
+
+
+R_CNN_ASSISTANT = {
+    "ROI_HEADS__NAME": "StandardROIHeads",
+    "ROI_BOX_HEAD__NAME": "FastRCNNConvFCHead",
+    "ROI_BOX_HEAD__NUM_FC": 2,
+    "ROI_BOX_HEAD__FC_DIM": 32,
+}
+ASSIST_ONLY = {
+    "DISTILL__HEAD__AKD_WEIGHT": 0.0, "DISTILL__HEAD__CKD_WEIGHT": 0.0, "DISTILL__HEAD__ASSISTANT_INIT": "fresh"
+}
+
+
+@pytest.mark.parametrize(
+    "case, teacher_case, method, options",
+    [
+        ("RetinaNet", "GeneralizedRCNN", "HEAD", {}),
+        ("OpenMMLabFCOS", "GeneralizedRCNN", "HEAD", {}),
+        ("OpenMMLabRetinaNet", "ATSS", "HEAD", {}),
+        ("GeneralizedRCNN", "GeneralizedRCNN cascade", "HEAD", {}),
+        ("RetinaNet", None, "HEAD", {**R_CNN_ASSISTANT, **ASSIST_ONLY}),
+        ("RetinaNet", None, "TFHEAD", R_CNN_ASSISTANT),
+    ],
+)
+def test_assistants_leave_no_trace(tmp_path, monkeypatch, case, teacher_case, method, options):
+    """After HEAD the exported student has the plain one's tensors and modules, and the same work to do."""
+    teacher = None
+    if teacher_case is not None:
+        (tmp_path / "teacher").mkdir()
+        teacher = save_teacher(tmp_path / "teacher", teacher_case)
+    torch.manual_seed(0)
+    assisted = build_model(distiller_cfg(case, teacher, [method], **options))
+    assert count_parameters(assisted) > 1.02 * count_parameters(assisted.student)
+    optimizer = torch.optim.SGD(assisted.parameters(), lr=1e-3)
+    with EventStorage():
+        sum(assisted(batch()).values()).backward()
+    optimizer.step()
+    build_checkpointer(assisted, str(tmp_path)).save("model_final")
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["distill"]
+    run(monkeypatch, tmp_path / "model_final.pth", tmp_path / "out" / "student.pth")
+    written = exported(tmp_path / "out")
+
+    plain = build(detector_cfg(case)).eval()
+    stored = torch.load(written, weights_only=True)["model"]
+    assert {name: value.shape for name, value in stored.items()} == {
+        name: value.shape for name, value in plain.state_dict().items()
+    }
+    load_exactly(plain, str(written), key="MODEL.WEIGHTS")
+    assert [(name, type(module)) for name, module in assisted.student.named_modules()] == [
+        (name, type(module)) for name, module in plain.named_modules()
+    ]
+    assisted.eval()
+    assert count_flops(assisted, batch()) == count_flops(plain, batch()) > 0
+    with torch.no_grad():
+        for ours, theirs in zip(plain(batch()), assisted(batch())):
+            assert torch.equal(ours["instances"].scores, theirs["instances"].scores)
 
 
 def test_counters_are_not_halved():
