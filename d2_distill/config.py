@@ -106,8 +106,9 @@ def _add_backbone_config(cfg: CN) -> None:
     low_resolution.BACKBONE = "build_p3p7_resnet_fpn_backbone"
     # 2 or 4.
     low_resolution.FACTOR = 2
-    # Pad images to detect as for training (800x1333 to 1024x1536), as published, not as little as possible.
-    low_resolution.ALIGN_TEST = False
+    # Pad images to detect as for training (800x1333 to 1024x1536), as published. False pads less, which is faster, but
+    # group norms see other statistics then; measure what it costs.
+    low_resolution.ALIGN_TEST = True
 
     # build_swin_fpn_backbone; the defaults are Swin-T. S: DEPTHS [2, 2, 18, 2]; B: also EMBED_DIM 128 and NUM_HEADS
     # [4, 8, 16, 32].

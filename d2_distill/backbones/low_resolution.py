@@ -34,16 +34,16 @@ class LowResolution(Backbone):
     """A pyramid on the decimated images, its maps named and measured as those of the whole ones.
 
     Level p(k) of the small image has the size of level p(k + log2 factor) of the whole image, and is called
-    so. In training, images are to be padded to ``factor`` times the coarsest stride, as in MSAD's code: then a
-    pyramid of the whole image has maps of the same sizes. To detect, the pyramid's own padding is enough.
+    so. Images are to be padded to ``factor`` times the coarsest stride, as in MSAD's code: then a pyramid of
+    the whole image has maps of the same sizes. To detect, that can be left out.
 
     Args:
         pyramid: backbone with feature maps p<log2 stride>.
         factor: 2 or 4.
-        align_test: pad to detect as in training, too.
+        align_test: pad to detect as in training; False pads no more than the pyramid itself needs.
     """
 
-    def __init__(self, pyramid: Backbone, *, factor: int, align_test: bool = False) -> None:
+    def __init__(self, pyramid: Backbone, *, factor: int, align_test: bool = True) -> None:
         super().__init__()
         self.pyramid = pyramid
         self.factor = factor

@@ -50,7 +50,7 @@ def test_maps_are_those_of_the_small_image(factor):
 @pytest.mark.parametrize("factor", [2, 4])
 def test_sizes_agree_with_a_pyramid_of_the_whole_image(factor):
     """For any image, once it is padded; only shapes are computed."""
-    low = low_resolution(factor, LOW_RESOLUTION__ALIGN_TEST=True).to("meta")
+    low = low_resolution(factor).to("meta")
     whole = build_backbone(detector_cfg("RetinaNet", **of_teacher(factor=factor))).eval().to("meta")
     for height, width in [(1, 1), (800, 1333), (257, 511), (130, 1025), (640, 383)]:
         image = torch.zeros(3, height, width, device="meta")
@@ -63,10 +63,10 @@ def test_sizes_agree_with_a_pyramid_of_the_whole_image(factor):
 def test_padding_is_the_published_one():
     backbone = low_resolution(FPN__TOP_BLOCK="P6")
     assert list(backbone.output_shape()) == ["p3", "p4", "p5", "p6", "p7"]
-    # The low-resolution pyramid itself needs multiples of 32.
-    assert backbone.train().size_divisibility == 256 and backbone.eval().size_divisibility == 64
-    aligned = low_resolution(FPN__TOP_BLOCK="P6", LOW_RESOLUTION__ALIGN_TEST=True)
-    assert aligned.eval().size_divisibility == 256
+    assert backbone.train().size_divisibility == backbone.eval().size_divisibility == 256
+    # The pyramid on small images itself needs multiples of 32.
+    tight = low_resolution(FPN__TOP_BLOCK="P6", LOW_RESOLUTION__ALIGN_TEST=False)
+    assert tight.train().size_divisibility == 256 and tight.eval().size_divisibility == 64
 
 
 @pytest.mark.parametrize("factor", [2, 4])

@@ -28,8 +28,7 @@ STUDENT = {
     "MODEL": {
         **LEVELS,
         "BACKBONE": {"NAME": "build_low_resolution_backbone"},
-        # With less padding P6 of these images is a single cell, which torch's GroupNorm refuses at 32 channels.
-        "LOW_RESOLUTION": {"BACKBONE": PYRAMID, "ALIGN_TEST": True},
+        "LOW_RESOLUTION": {"BACKBONE": PYRAMID},
         "FPN": {"IN_FEATURES": STAGES, "TOP_BLOCK": ""},
         "DISTILL": {
             "INHERIT": ["backbone.pyramid=detector.backbone", "head=detector.head"],

@@ -69,7 +69,7 @@ def toy_pyramid(cfg, input_shape: ShapeSpec) -> ToyPyramid:
 @BACKBONE_REGISTRY.register()
 def toy_low_resolution_pyramid(cfg, input_shape: ShapeSpec) -> LowResolution:
     """Without the level that is recorded as computed but not used."""
-    return LowResolution(ToyPyramid([4, 5, 6]), factor=2, align_test=True)
+    return LowResolution(ToyPyramid([4, 5, 6]), factor=2)
 
 
 def toy_cfg(detector: str, backbone: str, fusion_score: str = "per_image") -> CfgNode:
