@@ -21,7 +21,7 @@ setup(
         "torch>=2.3",
         "torchvision>=0.18",
         "numpy",
-        "pillow",
+        "pillow>=10.1",
         "pycocotools>=2.0.7",
         "fvcore>=0.1.5.post20221221",
         "iopath>=0.1.9",

@@ -22,15 +22,14 @@ from d2_distill.data.registration import register_datasets
 from d2_distill.errors import UserError
 from d2_distill.evaluation.complexity import count_flops, count_parameters
 from d2_distill.student import build_student
+from d2_distill.visualization import draw_boxes, ground_truth, name_of, new_figure
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.structures import Instances
 from tabulate import tabulate
 from torch import nn
 from torchvision.ops import box_iou
-from torchvision.utils import draw_bounding_boxes
 
-READABLE = 288  # pixels to which the longer side of a small image is enlarged
 Curves = Dict[str, Dict[int, float]]  # name of a scalar -> iteration -> value
 Record = Dict[str, Any]  # an image and its annotations, in Detectron2's standard form
 
@@ -136,7 +135,7 @@ def draw_curves(runs: List[Run], path: Path) -> None:
     names = ["bbox/AP", "total_loss", *names]
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
-    figure, panels = _figure(rows, columns, width=5, height=3.4)
+    figure, panels = new_figure(rows, columns, width=5, height=3.4)
     for index, panel in enumerate(panels.flat):
         if index >= len(names):
             panel.set_axis_off()
@@ -156,17 +155,16 @@ def draw_curves(runs: List[Run], path: Path) -> None:
 def draw_detections(runs: List[Run], records: List[Record], threshold: float, path: Path) -> None:
     """One row an image: the ground truth, then each run's detections that score at least ``threshold``."""
     classes = MetadataCatalog.get(runs[0].test_set).thing_classes
-    figure, panels = _figure(len(records), 1 + len(runs), width=3, height=3.1)
+    figure, panels = new_figure(len(records), 1 + len(runs), width=3, height=3.1)
     for row, record in zip(panels, records):
-        pixels = detection_utils.read_image(record["file_name"], "RGB")
-        image, truth = torch.from_numpy(pixels.copy()).permute(2, 0, 1), _ground_truth(record)
-        names = [classes[c] for c in truth.gt_classes]
-        row[0].imshow(_boxes_drawn(image, truth.gt_boxes.tensor, names, ["lime"] * len(truth)))
+        image, truth = detection_utils.read_image(record["file_name"], "RGB"), ground_truth(record)
+        names = [name_of(c, classes) for c in truth.gt_classes]
+        row[0].imshow(draw_boxes(image, truth.gt_boxes.tensor, names, ["lime"] * len(truth)))
         for panel, run in zip(row[1:], runs):
             found = run.detect(record, threshold)
-            names = [f"{classes[c]} {score:.0%}" for c, score in zip(found.pred_classes, found.scores)]
+            names = [f"{name_of(c, classes)} {score:.0%}" for c, score in zip(found.pred_classes, found.scores)]
             colors = ["lime" if right else "red" for right in _right(found, truth)]
-            panel.imshow(_boxes_drawn(image, found.pred_boxes.tensor, names, colors))
+            panel.imshow(draw_boxes(image, found.pred_boxes.tensor, names, colors))
     for panel, title in zip(panels[0], ["ground truth", *(run.name for run in runs)]):
         panel.set_title(title)
     for panel in panels.flat:
@@ -174,36 +172,10 @@ def draw_detections(runs: List[Run], records: List[Record], threshold: float, pa
     figure.savefig(path, dpi=100)
 
 
-def _figure(rows: int, columns: int, width: float, height: float):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("The report draws with matplotlib; run `pip install matplotlib`.") from None
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _ground_truth(record: Record) -> Instances:
-    annotations = [annotation for annotation in record["annotations"] if not annotation.get("iscrowd", 0)]
-    return detection_utils.annotations_to_instances(annotations, (record["height"], record["width"]))
-
-
 def _right(found: Instances, truth: Instances) -> List[bool]:
     """Whether each detection lies on an object of its class (IoU of at least 0.5)."""
     overlap = box_iou(found.pred_boxes.tensor, truth.gt_boxes.tensor) >= 0.5
     return (overlap & (found.pred_classes[:, None] == truth.gt_classes)).any(dim=1).tolist()
-
-
-def _boxes_drawn(image: torch.Tensor, boxes: torch.Tensor, labels: List[str], colors: List[str]):
-    """(H, W, 3) uint8 picture of a (3, H, W) image, enlarged by a whole number so that labels can be read."""
-    scale = max(1, READABLE // max(image.shape[1:]))
-    image = image.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
-    if len(boxes):
-        from matplotlib.font_manager import findfont
-
-        style = {"width": 2, "font": findfont("DejaVu Sans"), "font_size": 14}
-        image = draw_bounding_boxes(image, boxes * scale, labels=labels, colors=colors, **style)
-    return image.permute(1, 2, 0).numpy()
 
 
 def report(runs: List[Run], output: Path, *, images: int, threshold: float) -> str:
