@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+import contextlib
+from typing import Iterator, Sequence
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.utils.file_io import PathManager
 
 from .errors import UserError
+from .user_code import add_user_config
 
 
 def get_distill_cfg() -> CN:
@@ -24,21 +27,47 @@ def read_config(config_file: str, opts: Sequence, *, source: str) -> CN:
         source: what the error message calls the config.
 
     Raises:
-        UserError: the file is missing or malformed, or a key or the type of a value is wrong.
+        UserError: the file is missing or malformed, a key or the type of a value is wrong, or ``IMPORTS`` names no
+            Python file.
     """
     cfg = get_distill_cfg()
-    try:
+    with _in_one_sentence(source):
+        imports = _imports(config_file, opts)
+    add_user_config(cfg, imports)
+    with _in_one_sentence(source):
         if config_file:
             cfg.merge_from_file(config_file)
         cfg.merge_from_list(list(opts))
+    return cfg
+
+
+@contextlib.contextmanager
+def _in_one_sentence(source: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # whatever Detectron2, yacs or the YAML parser raise on a malformed file
         reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
         raise UserError(f"{source} is not valid: {reason}; correct it.") from error
-    return cfg
+
+
+def _imports(config_file: str, opts: Sequence) -> Sequence[str]:
+    """``IMPORTS``, which is to be known before the keys that the files add can be read."""
+    cfg = CN({"IMPORTS": ()})
+    # Where there is no file, merging it will say so.
+    if config_file and PathManager.isfile(config_file):
+        values = CN.load_yaml_with_base(config_file, allow_unsafe=True)
+        cfg.merge_from_other_cfg(CN({"IMPORTS": values.get("IMPORTS", ())}))
+    values = dict(zip(opts[::2], opts[1::2]))
+    cfg.merge_from_list(["IMPORTS", values.get("IMPORTS", cfg.IMPORTS)])
+    return cfg.IMPORTS
 
 
 def add_distill_config(cfg: CN) -> None:
     """Add d2_distill's keys, with their defaults, to a Detectron2 config."""
+    # Python files of your own, relative to the working directory, that are imported before the config is read: what
+    # they register can be named in it. A function add_config(cfg) in them adds their keys; see docs/own_method.md.
+    cfg.IMPORTS = ()
+
     # User data sets, registered before anything is built; relative paths are below $DETECTRON2_DATASETS
     # (default: "datasets").
     # COCO format: rows of (name, json_file, image_root).

@@ -1,0 +1,40 @@
+"""CWD, channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256): maps respond where the teacher's do."""
+
+import torch
+from d2_distill.losses import kd_kl_div_loss
+from d2_distill.methods import DISTILL_METHOD_REGISTRY, DistillMethod
+from d2_distill.methods.pairing import pair_features, require_teacher
+from d2_distill.schedules import build_schedule
+from detectron2.config import CfgNode
+
+
+def add_config(cfg):  # called before a config is read
+    cfg.MODEL.DISTILL.CWD = CfgNode({"WEIGHT": 5.0, "TEMPERATURE": 1.0, "SCHEDULE": []})
+
+
+@DISTILL_METHOD_REGISTRY.register()
+class CWD(DistillMethod):  # its name in MODEL.DISTILL.METHODS
+    def __init__(self, *, pairs, temperature, **kwargs):
+        super().__init__(**kwargs)
+        self.pairs, self.temperature = pairs, temperature
+        self.adapters = torch.nn.ModuleDict()
+        for pair in pairs:
+            if pair.student_channels != pair.teacher_channels:
+                self.adapters[pair.student] = torch.nn.Conv2d(pair.student_channels, pair.teacher_channels, 1)
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        node = cfg.MODEL.DISTILL.CWD
+        pairs = pair_features(student, require_teacher(teacher, "CWD").staged, (), "MODEL.DISTILL.CWD")
+        schedule = build_schedule(node.SCHEDULE, "MODEL.DISTILL.CWD.SCHEDULE")
+        weights = {"loss_cwd": node.WEIGHT}
+        return {"pairs": pairs, "temperature": node.TEMPERATURE, "weights": weights, "schedule": schedule}
+
+    def forward(self, student, teacher):
+        losses = []
+        for pair in self.pairs:
+            ours, theirs = student.features[pair.student], teacher.features[pair.teacher]
+            ours = self.adapters[pair.student](ours) if pair.student in self.adapters else ours
+            # Each channel's map as a distribution over its cells: T^2 * KL, mean over channels and images.
+            losses.append(kd_kl_div_loss(ours.flatten(2), theirs.flatten(2), self.temperature).mean())
+        return {"loss_cwd": torch.stack(losses).sum()}
