@@ -30,8 +30,8 @@ setup(
         "termcolor",
     ],
     extras_require={
-        # quick-start data; pictures; curves; a faster COCO evaluation
-        "tools": ["scikit-learn", "matplotlib", "tensorboard", "faster-coco-eval"],
+        # quick-start data; pictures; curves; a faster COCO evaluation; videos and cameras
+        "tools": ["scikit-learn", "matplotlib", "tensorboard", "faster-coco-eval", "opencv-python"],
         "test": ["pytest"],
     },
     # The embedded Detectron2 lies in a plain folder that is put on sys.path, hence namespace packages.

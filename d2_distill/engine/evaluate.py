@@ -15,10 +15,10 @@ from ..student import build_student
 from .trainer import Trainer
 
 
-def load_student(cfg: CfgNode, resume: bool = False) -> nn.Module:
+def load_student(cfg: CfgNode, resume: bool = False, *, weights_key: str = "MODEL.WEIGHTS") -> nn.Module:
     """The student with ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of ``OUTPUT_DIR``.
 
-    No teacher is built, loaded or run.
+    No teacher is built, loaded or run. Error messages call the weights ``weights_key``.
 
     Raises:
         UserError: the checkpoint is missing, or does not fit the model exactly.
@@ -28,7 +28,7 @@ def load_student(cfg: CfgNode, resume: bool = False) -> nn.Module:
     weights = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
         weights = checkpointer.get_checkpoint_file()
-    load_exactly(model, weights, key="MODEL.WEIGHTS")
+    load_exactly(model, weights, key=weights_key)
     return model
 
 
