@@ -72,8 +72,13 @@ def add_distill_config(cfg: CN) -> None:
     # (default: "datasets").
     # COCO format: rows of (name, json_file, image_root).
     cfg.DATASETS.COCO = ()
-    # Pascal VOC folders: rows of (name, dirname, split, class_names, year).
+    # Pascal VOC folders: rows of (name, dirname, split, class_names, year); class_names () takes CLASSES below or, where
+    # these are empty too, all names in the folder's Annotations, sorted.
     cfg.DATASETS.VOC = ()
+    # Names of the detector's classes in the order of its outputs, by which its head's NUM_CLASSES is set. () takes those
+    # of the first data set of TRAIN, else of TEST, whose class list is known; data sets of another list are refused. The
+    # config.yaml of a run holds them.
+    cfg.DATASETS.CLASSES = ()
 
     # "SGD" (Detectron2's) or "AdamW"; both take BASE_LR, WEIGHT_DECAY* and BIAS_LR_FACTOR.
     cfg.SOLVER.OPTIMIZER = "SGD"

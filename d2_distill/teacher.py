@@ -15,8 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import load_exactly
 from .config import read_config
-from .data.classes import dataset_classes
-from .data.registration import register_datasets
+from .data.classes import dataset_classes, with_classes
 from .errors import UserError
 from .staged import Run, Taps, stage_detector
 from .student import build_student
@@ -70,7 +69,7 @@ class Teacher:
         teacher = cls(
             model,
             input_format=teacher_cfg.INPUT.FORMAT,
-            classes=_class_names(teacher_cfg),
+            classes=dataset_classes(teacher_cfg),
             cfg=teacher_cfg,
             batch_statistics=cfg.MODEL.DISTILL.TEACHER.BATCH_STATISTICS,
         )
@@ -129,7 +128,9 @@ class Teacher:
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The teacher's own config, from the student's ``MODEL.DISTILL.TEACHER``.
+    """The teacher's own config, from the student's ``MODEL.DISTILL.TEACHER``, with the classes of its own data.
+
+    A teacher may come without its data: its config then has to tell the number of classes, or ``DATASETS.CLASSES``.
 
     Raises:
         UserError: the config file is missing or not a valid config, or names no weights.
@@ -151,16 +152,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
             f"INPUT.FORMAT is {ours} for the student and {theirs} for the teacher; "
             "only BGR and RGB can be converted into each other."
         )
-    return teacher_cfg
-
-
-def _class_names(teacher_cfg: CfgNode) -> List[str]:
-    try:
-        register_datasets(teacher_cfg)
-    except UserError as error:  # a teacher may come without its data
-        logger.warning("The class names of the teacher are not known and not compared: %s", error)
-        return []
-    return dataset_classes(teacher_cfg)
+    return with_classes(teacher_cfg)
 
 
 def _config_path(name: str) -> str:

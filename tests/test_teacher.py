@@ -10,6 +10,7 @@ from d2_distill import provider
 from d2_distill.errors import UserError
 from d2_distill.teacher import Teacher, teacher_config
 
+from .data.small_sets import write_coco
 from .small_detectors import (
     SavedTeacher,
     batch,
@@ -56,6 +57,19 @@ def test_teacher_may_come_without_its_data(tmp_path):
     row = ("absent_set", str(tmp_path / "absent.json"), str(tmp_path))
     cfg.MODEL.DISTILL.TEACHER.OPTS = ["DATASETS.COCO", (row,), "DATASETS.TRAIN", ("absent_set",)]
     assert list(Teacher.from_config(cfg).classes) == []
+
+
+def test_teacher_has_the_classes_of_its_own_data(tmp_path):
+    row = write_coco(tmp_path, classes=("ant", "bee", "cow", "dog"))
+    saved = save_teacher(tmp_path, "RetinaNet", RETINANET__NUM_CLASSES=4)
+    cfg = distiller_cfg("RetinaNet", saved)
+    cfg.MODEL.DISTILL.TEACHER.OPTS = [
+        "DATASETS.COCO", (row,), "DATASETS.TRAIN", (row[0],), "MODEL.RETINANET.NUM_CLASSES", 80
+    ]
+    teacher = Teacher.from_config(cfg)
+    assert list(teacher.classes) == ["ant", "bee", "cow", "dog"] and teacher.staged.num_classes == 4
+    cfg.MODEL.DISTILL.TEACHER.OPTS = ["DATASETS.CLASSES", tuple("wxyz"), "DATASETS.TRAIN", ("absent",)]
+    assert list(Teacher.from_config(cfg).classes) == list("wxyz")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
 import torch
+from d2_distill.config import read_config
 from d2_distill.conversion import require_new_file, save_converted
-from d2_distill.engine.setup import load_config
 from d2_distill.errors import UserError
 from d2_distill.msad_checkpoints import convert
 from d2_distill.openmmlab import read_tensors
@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> None:
     state = content.get("model", content) if isinstance(content, dict) else None
     if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
         raise UserError(f"{args.input} holds no state dict of a detector; name a checkpoint of MSAD.")
-    cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+    # The checkpoint, not the data that the config names, has the number of classes.
+    source = f"The config ({args.config_file} with the command line's KEY VALUE)"
+    cfg = read_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts], source=source)
     model = build_student(cfg)
     conversion = convert(state, model, args.input)
     save_converted(conversion.state_dict, model, args.output, source=args.input, key=args.input)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import xml.etree.ElementTree as ElementTree
@@ -109,12 +111,7 @@ def check_voc_folder(dirname: str, split: str, *, source: str) -> list[str]:
         UserError: a folder or the split file is missing.
     """
     for name in ("", "Annotations", "JPEGImages"):
-        folder = os.path.join(dirname, name).rstrip(os.sep)
-        if not os.path.isdir(folder):
-            raise UserError(
-                f"{source}: the folder {folder} is missing; correct the path, which is relative to "
-                "$DETECTRON2_DATASETS (default: datasets), or prepare the Pascal VOC layout there."
-            )
+        _require_folder(dirname, name, source)
     split_file = os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")
     if not os.path.isfile(split_file):
         raise UserError(
@@ -122,6 +119,45 @@ def check_voc_folder(dirname: str, split: str, *, source: str) -> list[str]:
         )
     with open(split_file, encoding="utf-8") as file:
         return file.read().split()
+
+
+def _require_folder(dirname: str, name: str, source: str) -> str:
+    folder = os.path.join(dirname, name).rstrip(os.sep)
+    if not os.path.isdir(folder):
+        raise UserError(
+            f"{source}: the folder {folder} is missing; correct the path, which is relative to "
+            "$DETECTRON2_DATASETS (default: datasets), or prepare the Pascal VOC layout there."
+        )
+    return folder
+
+
+def voc_class_names(dirname: str, *, source: str) -> list[str]:
+    """Sorted names of all objects in the ``Annotations`` of a Pascal VOC folder, whatever split they are in.
+
+    So all splits of a folder agree. Files that are not XML are left to :func:`check_voc_annotations`.
+
+    Raises:
+        UserError: the folder is missing, or there is no object.
+    """
+    folder = _require_folder(dirname, "Annotations", source)
+    names = _object_names(folder)
+    if not names:
+        raise UserError(
+            f"{source}: no file of {folder} has an object, from which the classes could be taken; name them in the "
+            "row, or annotate some."
+        )
+    return list(names)
+
+
+@functools.lru_cache()  # the splits of a folder share it
+def _object_names(folder: str) -> tuple[str, ...]:
+    names = set()
+    for file_name in os.listdir(folder):
+        if file_name.endswith(".xml"):
+            with contextlib.suppress(OSError, ElementTree.ParseError):
+                objects = ElementTree.parse(os.path.join(folder, file_name)).findall("object")
+                names.update(item.findtext("name") for item in objects)
+    return tuple(sorted(names - {None}))
 
 
 def check_voc_annotations(dirname: str, split: str, class_names: Sequence[str], *, source: str) -> None:

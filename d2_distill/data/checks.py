@@ -18,19 +18,18 @@ from .registration import declared_names
 _FIELDS = ("file_name", "height", "width", "annotations")
 
 
-def check_datasets(cfg, *, num_classes: int, num_classes_key: str, train: bool = True) -> None:
+def check_datasets(cfg, *, train: bool = True) -> None:
     """Check every data set of ``DATASETS.TRAIN`` and ``DATASETS.TEST``; no image is decoded.
 
     The data sets must be registered (:func:`.registration.register_datasets`). In those that the config does
     not declare, useless boxes are only logged: COCO 2017 has some, and Detectron2 leaves them out.
 
     Args:
-        num_classes: number of classes of the model's head.
-        num_classes_key: the config key that sets it, e.g. ``"MODEL.RETINANET.NUM_CLASSES"``.
         train: False leaves ``DATASETS.TRAIN`` aside, for an evaluation.
 
     Raises:
-        UserError: see :func:`check_dataset`; no training data, or class lists that differ.
+        UserError: see :func:`check_dataset`; no training data, or class lists that differ from each other or from
+            ``DATASETS.CLASSES``.
     """
     if train and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; name a registered data set, or your own in DATASETS.COCO.")
@@ -41,19 +40,9 @@ def check_datasets(cfg, *, num_classes: int, num_classes_key: str, train: bool =
             if name in checked:
                 continue
             class_names = check_dataset(name, key=key, strict=name in declared)
-            if len(class_names) > num_classes:
-                raise UserError(
-                    f"{key}: data set {name!r} has {len(class_names)} classes, but the model only "
-                    f"{num_classes}; set {num_classes_key} to {len(class_names)}."
-                )
             _check_same_classes(name, class_names, checked, key)
+            _check_classes_of_detector(name, class_names, cfg.DATASETS.CLASSES, key)
             checked[name] = class_names
-    for name, class_names in checked.items():
-        if len(class_names) < num_classes:
-            logging.getLogger(__name__).warning(
-                f"Data set {name!r} has {len(class_names)} classes, the model {num_classes} "
-                f"({num_classes_key}): some outputs are never trained."
-            )
 
 
 def check_dataset(name: str, *, key: str, strict: bool = True) -> list[str]:
@@ -174,11 +163,22 @@ def _check_same_classes(
     name: str, class_names: Sequence[str], checked: dict[str, list[str]], key: str
 ) -> None:
     for other, other_names in checked.items():
-        if list(class_names) == other_names:
-            continue
-        differing = sorted(set(class_names) ^ set(other_names))
-        what = f"they differ in {', '.join(differing[:5])}" if differing else "the same in another order"
+        if list(class_names) != other_names:
+            raise UserError(
+                f"{key}: data set {name!r} has another class list than {other!r} "
+                f"({_difference(class_names, other_names)}); give both the same categories, ids included."
+            )
+
+
+def _check_classes_of_detector(name: str, class_names: Sequence[str], expected: Sequence[str], key: str) -> None:
+    if expected and list(class_names) != list(expected):
         raise UserError(
-            f"{key}: data set {name!r} has another class list than {other!r} ({what}); give both the same "
-            "categories, ids included."
+            f"{key}: data set {name!r} has another class list than the detector, whose classes are DATASETS.CLASSES or, "
+            f"where the config leaves them empty, those of its training set ({_difference(class_names, expected)}); "
+            f"give both the same names in the same order, which in COCO files is that of the category ids."
         )
+
+
+def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    differing = sorted(set(ours) ^ set(theirs))
+    return f"they differ in {', '.join(differing[:5])}" if differing else "the same in another order"

@@ -1,15 +1,82 @@
-"""Class names of a config's data."""
+"""The classes of a config's detector: their names, and the size of its head that follows from them."""
 
 from __future__ import annotations
 
-from typing import List
+import functools
+import logging
+from typing import List, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from ..errors import UserError
+from ..student import num_classes_key
+from .registration import declared_names, register_datasets
+
+logger = logging.getLogger(__name__)
+_MAX_NAMED = 10
+
 
 def dataset_classes(cfg: CfgNode) -> List[str]:
-    """Class names of the first training set; empty if they are not known without loading it."""
-    if not cfg.DATASETS.TRAIN:
-        return []
-    return list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", None) or [])
+    """Names of a detector's classes in the order of its outputs, ``DATASETS.CLASSES``; empty if they are not known.
+
+    Where the key is empty, those of the first registered data set of ``DATASETS.TRAIN``, else of ``DATASETS.TEST``,
+    that tells its classes without being loaded.
+    """
+    return list(cfg.DATASETS.CLASSES) or _of_datasets(cfg)[0]
+
+
+def with_classes(cfg: CfgNode) -> CfgNode:
+    """The config with its classes in ``DATASETS.CLASSES``, and their number in the detector's ``NUM_CLASSES``.
+
+    What :func:`dataset_classes` does not know stays as it is. Data sets that the config declares are registered as far
+    as they are asked for; one whose files are missing or unusable is passed over with a warning.
+
+    Raises:
+        UserError: ``DATASETS.CLASSES`` is no list of different names.
+    """
+    _check(cfg.DATASETS.CLASSES)
+    names, source = list(cfg.DATASETS.CLASSES), "DATASETS.CLASSES"
+    if not names:
+        names, source = _of_datasets(cfg, register=True)
+    if not names:
+        return cfg
+    key = num_classes_key(cfg)
+    node = functools.reduce(lambda node, part: node[part], key.split(".")[:-1], cfg)
+    before, number = node.NUM_CLASSES, len(names)
+    if before == number and names == list(cfg.DATASETS.CLASSES):
+        return cfg
+    sized, frozen = cfg.clone(), cfg.is_frozen()
+    sized.defrost()
+    sized.merge_from_list(["DATASETS.CLASSES", tuple(names), key, number])
+    if frozen:
+        sized.freeze()
+    listed = ", ".join(names[:_MAX_NAMED]) + (", ..." if number > _MAX_NAMED else "")
+    was = "as it was" if before == number else f"it was {before}"
+    logger.info("%s is %d (%s), for the classes of %s: %s.", key, number, was, source, listed)
+    return sized
+
+
+def _of_datasets(cfg: CfgNode, register: bool = False) -> Tuple[List[str], str]:
+    """The class names, and which data set they come from."""
+    declared = declared_names(cfg)
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if register and name in declared:
+                try:
+                    register_datasets(cfg, names=(name,))
+                except UserError as error:
+                    logger.warning("The classes of the data set %r are not known: %s", name, error)
+            names = list(MetadataCatalog.get(name).get("thing_classes", None) or [])
+            if names:
+                return names, f"the data set {name!r} (DATASETS.{key})"
+    return [], ""
+
+
+def _check(names) -> None:
+    wrong = next((name for name in names if not isinstance(name, str) or not name), None)
+    if wrong is not None:
+        raise UserError(f"DATASETS.CLASSES has {wrong!r}; write the name of each class, in quotes.")
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if twice is not None:
+        raise UserError(f"DATASETS.CLASSES has {twice!r} twice; make the class names unique.")

@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 
 from ..errors import UserError
-from .annotation_files import check_voc_folder, coco_class_names
+from .annotation_files import check_voc_folder, coco_class_names, voc_class_names
 
 _COCO_FORM = "(name, json_file, image_root)"
 _VOC_FORM = "(name, dirname, split, class_names, year)"
 
 
-def register_datasets(cfg) -> None:
+def register_datasets(cfg, names: Container | None = None) -> None:
     """Register the rows of ``DATASETS.COCO`` and ``DATASETS.VOC``; rows registered before are left alone.
 
     A COCO row is ``(name, json_file, image_root)``; its class list is that of the file, ordered by category
-    id. A VOC row is ``(name, dirname, split, class_names, year)``; the year (2007, 2012) chooses the metric.
+    id. A VOC row is ``(name, dirname, split, class_names, year)``; the year (2007, 2012) chooses the metric, and empty
+    class names are ``DATASETS.CLASSES`` or, where these are empty too, those of :func:`.annotation_files.voc_class_names`.
     Relative paths are below ``$DETECTRON2_DATASETS`` (default: ``datasets``).
+
+    Args:
+        names: register only the rows of these names; None registers all.
 
     Raises:
         UserError: a malformed row, a missing or unusable file, or a name that another data set has already.
     """
-    for row in cfg.DATASETS.COCO:
-        _register_coco(row)
-    for row in cfg.DATASETS.VOC:
-        _register_voc(row)
+    for key, register in (("COCO", _register_coco), ("VOC", _register_voc)):
+        for row in cfg.DATASETS[key]:
+            if names is None or _name_of(row) in names:
+                register(row, cfg)
 
 
 def declared_names(cfg) -> set[str]:
     """Names of the data sets that the config itself registers."""
-    return {row[0] for row in (*cfg.DATASETS.COCO, *cfg.DATASETS.VOC)}
+    return {_name_of(row) for row in (*cfg.DATASETS.COCO, *cfg.DATASETS.VOC)} - {None}
 
 
-def _register_coco(row) -> None:
+def _name_of(row) -> str | None:
+    return row[0] if isinstance(row, (list, tuple)) and row and isinstance(row[0], str) else None
+
+
+def _register_coco(row, cfg) -> None:
     if not _is_row(row, (str, str, str)):
         raise UserError(f"DATASETS.COCO has the row {row!r}; write it as {_COCO_FORM}, three strings.")
     name, json_file, image_root = row[0], _resolve(row[1]), _resolve(row[2])
@@ -53,22 +61,19 @@ def _register_coco(row) -> None:
     register_coco_instances(name, {"thing_classes": class_names}, json_file, image_root)
 
 
-def _register_voc(row) -> None:
-    if (
-        not _is_row(row, (str, str, str, (list, tuple), int))
-        or not row[3]
-        or not _is_row(row[3], (str,) * len(row[3]))
-    ):
+def _register_voc(row, cfg) -> None:
+    if not _is_row(row, (str, str, str, (list, tuple), int)) or not _is_row(row[3], (str,) * len(row[3])):
         raise UserError(
             f"DATASETS.VOC has the row {row!r}; write it as {_VOC_FORM}, e.g. "
             "('mine', 'voc/mine', 'train', ('cat', 'dog'), 2012)."
         )
-    name, dirname, split, class_names, year = row[0], _resolve(row[1]), row[2], tuple(row[3]), row[4]
+    name, dirname, split, year = row[0], _resolve(row[1]), row[2], row[4]
     source = f"DATASETS.VOC (data set {name!r})"
     if year not in (2007, 2012):
         raise UserError(
             f"{source} has the year {year}; write 2007 (11-point AP) or 2012 (area under the curve)."
         )
+    class_names = list(row[3] or cfg.DATASETS.CLASSES or voc_class_names(dirname, source=source))
     if len(set(class_names)) < len(class_names):
         raise UserError(f"{source} names a class twice in {class_names}; make the class names unique.")
     identity = {
@@ -76,12 +81,12 @@ def _register_voc(row) -> None:
         "dirname": dirname,
         "split": split,
         "year": year,
-        "thing_classes": list(class_names),
+        "thing_classes": class_names,
     }
     if _is_registered(name, identity, key="DATASETS.VOC"):
         return
     check_voc_folder(dirname, split, source=source)
-    register_pascal_voc(name, dirname, split, year, class_names=list(class_names))
+    register_pascal_voc(name, dirname, split, year, class_names=class_names)
     MetadataCatalog.get(name).evaluator_type = "pascal_voc"
 
 

@@ -19,10 +19,11 @@ from torch import nn
 from ..checkpoint import require_file
 from ..config import read_config
 from ..data.checks import check_datasets
+from ..data.classes import with_classes
 from ..data.registration import register_datasets
 from ..errors import UserError
 from ..evaluation.voc import voc_convention
-from ..student import DISTILLER, build_student, num_classes_key
+from ..student import DISTILLER, build_student
 from .evaluate import load_student
 from .logs import held_back
 from .output_dir import claim_output_dir
@@ -43,8 +44,8 @@ def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
         cfg = load_config(args.config_file, args.opts)
         register_datasets(cfg)
         voc_convention(cfg.TEST.VOC_CONVENTION)
-        key = num_classes_key(cfg)
-        check_datasets(cfg, num_classes=_value(cfg, key), num_classes_key=key, train=not args.eval_only)
+        check_datasets(cfg, train=not args.eval_only)
+        cfg = with_classes(cfg)  # some data sets tell their classes only when they are loaded
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
         if args.eval_only:
             model = load_student(cfg, resume=args.resume)
@@ -64,6 +65,8 @@ def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
 def load_config(config_file: str, opts: Sequence[str]) -> CfgNode:
     """The defaults, overridden by a config file, overridden by a flat list of keys and values; frozen.
 
+    The detector has the classes of its data, see :func:`.data.classes.with_classes`.
+
     Raises:
         UserError: the file is missing, or a key or the type of a value is wrong.
     """
@@ -73,7 +76,7 @@ def load_config(config_file: str, opts: Sequence[str]) -> CfgNode:
         logger.warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU.", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
-    return cfg
+    return with_classes(cfg)
 
 
 def _check_reference_world_size(cfg: CfgNode) -> None:
@@ -105,10 +108,3 @@ def _of_evaluation(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference")
     return cfg
-
-
-def _value(cfg: CfgNode, dotted: str):
-    node = cfg
-    for part in dotted.split("."):
-        node = node[part]
-    return node

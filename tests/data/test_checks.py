@@ -17,7 +17,6 @@ from d2_distill.errors import UserError
 from .small_sets import CLASSES, small_cfg, write_coco, write_image, write_voc
 
 KEY = "DATASETS.TRAIN"
-HEAD = {"num_classes": 2, "num_classes_key": "MODEL.RETINANET.NUM_CLASSES"}
 
 
 def registered(*coco, voc=(), train=None, test=()):
@@ -30,7 +29,7 @@ def registered(*coco, voc=(), train=None, test=()):
 def test_good_sets_pass(tmp_path):
     coco, voc = write_coco(tmp_path / "coco", name=tmp_path.name), write_voc(tmp_path)
     cfg = registered(coco, voc=(voc,), test=(voc[0],))
-    check_datasets(cfg, **HEAD)
+    check_datasets(cfg)
     assert check_dataset(voc[0], key=KEY) == list(CLASSES)
 
 
@@ -38,18 +37,18 @@ def test_unknown_name(tmp_path):
     row = write_coco(tmp_path)
     cfg = registered(row, train=(row[0] + "s",))
     with pytest.raises(UserError, match=f"DATASETS.TRAIN names .*not registered; did you mean {row[0]}"):
-        check_datasets(cfg, **HEAD)
+        check_datasets(cfg)
     cfg = registered(row, test=("?",))
     with pytest.raises(UserError, match=r"DATASETS.TEST names .*'\?', .*add it to DATASETS.COCO or"):
-        check_datasets(cfg, **HEAD)
+        check_datasets(cfg)
     cfg.DATASETS.TRAIN = ()
     with pytest.raises(UserError, match="DATASETS.TRAIN is empty"):
-        check_datasets(cfg, **HEAD)
+        check_datasets(cfg)
 
 
 def test_evaluation_leaves_training_data_aside(tmp_path):
     row = write_coco(tmp_path)
-    check_datasets(registered(row, train=("?",), test=(row[0],)), **HEAD, train=False)
+    check_datasets(registered(row, train=("?",), test=(row[0],)), train=False)
 
 
 def clear(content):
@@ -82,17 +81,17 @@ def test_unusable_annotations(tmp_path, edit, sentence):
     row = write_coco(tmp_path, edit=edit)
     cfg = registered(row)
     with pytest.raises(UserError, match=f"DATASETS.TRAIN: data set '{row[0]}'.*{sentence}"):
-        check_datasets(cfg, **HEAD)
+        check_datasets(cfg)
 
 
 def test_box_that_sticks_out_is_accepted(tmp_path):
     row = write_coco(tmp_path, edit=set_box(15, 3, 8, 6))
-    check_datasets(registered(row), **HEAD)
+    check_datasets(registered(row))
 
 
 def test_test_set_without_boxes_is_accepted(tmp_path):
     row = write_coco(tmp_path, edit=all_crowd)
-    check_datasets(registered(row, train=(), test=(row[0],)), **HEAD, train=False)
+    check_datasets(registered(row, train=(), test=(row[0],)), train=False)
 
 
 def test_published_set_with_an_empty_box_is_only_logged(tmp_path, caplog):
@@ -100,7 +99,7 @@ def test_published_set_with_an_empty_box_is_only_logged(tmp_path, caplog):
     cfg = registered(row)
     cfg.DATASETS.COCO = ()  # as if Detectron2 had registered it
     with caplog.at_level(logging.WARNING, logger="d2_distill.data.checks"):
-        check_datasets(cfg, **HEAD)
+        check_datasets(cfg)
     assert "1 boxes have no area" in caplog.text
 
 
@@ -108,7 +107,7 @@ def test_missing_image_files(tmp_path):
     row = write_coco(tmp_path)
     (tmp_path / "images" / "1.png").unlink()
     with pytest.raises(UserError, match=f"1 of 3 image files are missing, .* is {row[2]}/1.png; "):
-        check_datasets(registered(row), **HEAD)
+        check_datasets(registered(row))
 
 
 def test_annotation_file_that_goes_bad_after_registration(tmp_path):
@@ -116,23 +115,13 @@ def test_annotation_file_that_goes_bad_after_registration(tmp_path):
     cfg = registered(row)
     (tmp_path / "set.json").write_text("{")
     with pytest.raises(UserError, match=f"DATASETS.TRAIN: data set '{row[0]}': .*set.json is not valid JSON"):
-        check_datasets(cfg, **HEAD)
+        check_datasets(cfg)
 
 
 def test_built_in_set_that_is_not_there():
     if DatasetCatalog.list() and MetadataCatalog.get("coco_2017_val").json_file.startswith("datasets"):
         with pytest.raises(UserError, match="DATASETS.TEST: .*instances_val2017.json cannot be read"):
             check_dataset("coco_2017_val", key="DATASETS.TEST")
-
-
-def test_number_of_classes(tmp_path, caplog):
-    row = write_coco(tmp_path)
-    cfg = registered(row)
-    with pytest.raises(UserError, match="has 2 classes, but the model only 1; set MODEL.X.NUM_CLASSES to 2"):
-        check_datasets(cfg, num_classes=1, num_classes_key="MODEL.X.NUM_CLASSES")
-    with caplog.at_level(logging.WARNING, logger="d2_distill.data.checks"):
-        check_datasets(cfg, num_classes=80, num_classes_key="MODEL.X.NUM_CLASSES")
-    assert "has 2 classes, the model 80 (MODEL.X.NUM_CLASSES)" in caplog.text
 
 
 @pytest.mark.parametrize("classes, sentence", [
@@ -144,7 +133,22 @@ def test_class_lists_that_differ(tmp_path, classes, sentence):
     test = write_coco(tmp_path / "test", name=tmp_path.name, classes=classes)
     cfg = registered(train, test, train=(train[0],), test=(test[0],))
     with pytest.raises(UserError, match=rf"DATASETS.TEST: .*class list than '{train[0]}' \({sentence}\)"):
-        check_datasets(cfg, **HEAD)
+        check_datasets(cfg)
+
+
+@pytest.mark.parametrize("classes, sentence", [
+    (("cat", "cow"), "they differ in cow, dog"),
+    (("dog", "cat"), "the same in another order"),
+])
+@pytest.mark.parametrize("key", ["DATASETS.TRAIN", "DATASETS.TEST"])
+def test_class_list_of_another_detector(tmp_path, key, classes, sentence):
+    row = write_coco(tmp_path)
+    cfg = registered(row, train=(), test=())
+    cfg.merge_from_list([key, (row[0],), "DATASETS.CLASSES", classes])
+    with pytest.raises(UserError, match=rf"{key}: data set '{row[0]}' .*DATASETS.CLASSES.* \({sentence}\); give both"):
+        check_datasets(cfg, train=key == "DATASETS.TRAIN")
+    cfg.DATASETS.CLASSES = CLASSES
+    check_datasets(cfg, train=key == "DATASETS.TRAIN")
 
 
 def test_category_outside_the_class_list_and_malformed_records(tmp_path):
@@ -179,21 +183,21 @@ def test_voc_annotation_files(tmp_path, text, sentence):
     path = tmp_path / "Annotations" / "0.xml"
     path.write_text(text) if text else path.unlink()
     with pytest.raises(UserError, match=f"DATASETS.TRAIN: data set '{row[0]}'.*{sentence}"):
-        check_datasets(registered(voc=(row,)), **HEAD)
+        check_datasets(registered(voc=(row,)))
 
 
 def test_empty_voc_split_and_missing_folder(tmp_path):
     row = write_voc(tmp_path, objects=())
     cfg = registered(voc=(row,))
     with pytest.raises(UserError, match="is empty; correct"):
-        check_datasets(cfg, **HEAD)
+        check_datasets(cfg)
     shutil.rmtree(tmp_path / "ImageSets")
     with pytest.raises(UserError, match="split file .*train.txt is missing"):
-        check_datasets(cfg, **HEAD)
+        check_datasets(cfg)
 
 
 def test_coco_file_is_left_as_it_was(tmp_path):
     row = write_coco(tmp_path)
     before = json.loads((tmp_path / "set.json").read_text())
-    check_datasets(registered(row), **HEAD)
+    check_datasets(registered(row))
     assert json.loads((tmp_path / "set.json").read_text()) == before

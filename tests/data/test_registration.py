@@ -52,7 +52,7 @@ def test_relative_paths_are_below_the_datasets_folder(tmp_path, monkeypatch):
     ("DATASETS.COCO", ("name", "file.json")),
     ("DATASETS.COCO", ("name", "file.json", 3)),
     ("DATASETS.VOC", ("name", "folder", "train", "cat", 2012)),
-    ("DATASETS.VOC", ("name", "folder", "train", (), 2012)),
+    ("DATASETS.COCO", ()),
     ("DATASETS.VOC", ("name", "folder", "train", ("cat", 1), 2012)),
     ("DATASETS.VOC", ("name", "folder", "train", ("cat",), "2012")),
 ])
@@ -127,3 +127,29 @@ def test_voc_year_and_classes(tmp_path):
         register_datasets(small_cfg(DATASETS__VOC=((*row[:4], 2010),)))
     with pytest.raises(UserError, match="names a class twice"):
         register_datasets(small_cfg(DATASETS__VOC=((*row[:3], ("cat", "cat"), 2012),)))
+
+
+def test_voc_classes_are_those_of_the_folder(tmp_path):
+    """Of all its splits; files that are not XML do not matter here."""
+    train = write_voc(tmp_path, objects=([("dog", 3, 4, 10, 9)], [("cow", 3, 4, 10, 9)], []))
+    test = write_voc(tmp_path, objects=([("dog", 3, 4, 10, 9)],), split="test")
+    (tmp_path / "Annotations" / "9.xml").write_text("<annotation>")
+    rows = [(f"{tmp_path.name}_{row[2]}", *row[1:3], (), 2012) for row in (train, test)]
+    cfg = small_cfg(DATASETS__VOC=rows)
+    register_datasets(cfg, names=[rows[0][0]])
+    assert rows[1][0] not in DatasetCatalog.list()
+    register_datasets(cfg)
+    register_datasets(cfg)
+    assert [MetadataCatalog.get(row[0]).thing_classes for row in rows] == [["cow", "dog"], ["cow", "dog"]]
+    given = (f"{tmp_path.name}_given", *rows[0][1:])
+    register_datasets(small_cfg(DATASETS__VOC=(given,), DATASETS__CLASSES=("dog", "cow")))
+    assert MetadataCatalog.get(given[0]).thing_classes == ["dog", "cow"]
+    assert [row["annotations"][0]["category_id"] for row in DatasetCatalog.get(given[0])[:2]] == [0, 1]
+
+
+def test_voc_folder_without_classes(tmp_path):
+    row = write_voc(tmp_path, objects=([], []))
+    with pytest.raises(UserError, match="Annotations has an object, .*name them in the row"):
+        register_datasets(small_cfg(DATASETS__VOC=((*row[:3], (), 2012),)))
+    with pytest.raises(UserError, match=f"folder {tmp_path}/no/Annotations is missing"):
+        register_datasets(small_cfg(DATASETS__VOC=((row[0], str(tmp_path / "no"), "train", (), 2012),)))

@@ -81,7 +81,7 @@ def test_not_yaml(server, tmp_path):
         (("MODEL.WEIGHTS", "none.pth"), ["MODEL.WEIGHTS", "none.pth"]),
         (("DATASETS.TRAIN", "()"), ["DATASETS.TRAIN is empty"]),
         (("DATASETS.TRAIN", "('train_sets',)"), ["DATASETS.TRAIN", "train_sets", "train_set?"]),
-        (("MODEL.RETINANET.NUM_CLASSES", "1"), ["MODEL.RETINANET.NUM_CLASSES", "2"]),
+        (("DATASETS.CLASSES", "('cat', 'cow')"), ["DATASETS.TRAIN", "DATASETS.CLASSES", "they differ in cow, dog"]),
         (
             ("SOLVER.REFERENCE_WORLD_SIZE", "8", "SOLVER.IMS_PER_BATCH", "4"),
             ["SOLVER.IMS_PER_BATCH is 4", "REFERENCE_WORLD_SIZE 8", "set REFERENCE_WORLD_SIZE to 0"],

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+import yaml
 
-from .runs import QUIET, TINY, average_precision, checkpoint, contents, scalars, write_config
+from .runs import QUIET, TINY, average_precision, checkpoint, contents, distiller, scalars, write_config
 
 PLAIN_TERMS = {"loss_cls", "loss_box_reg"}
 DISTILLED_TERMS = PLAIN_TERMS | {"loss_crosskd_cls", "loss_crosskd_box", "loss_pkd", "loss_imitation"}
@@ -81,3 +82,24 @@ def test_without_a_gpu_the_cpu_is_used_and_the_log_says_so(server, data, tmp_pat
     for text in (outcome.stdout, (tmp_path / "out" / "log.txt").read_text()):
         assert text.count("MODEL.DEVICE is cuda, but there is no GPU: using the CPU.") == 1
     assert "WARNING" in outcome.stdout and "MODEL.DEVICE" not in outcome.stderr
+
+
+def test_number_of_classes_is_that_of_the_data(server, data, tmp_path):
+    """The run's config.yaml then tells it, so that a distillation's teacher needs no data."""
+    wrong = {"MODEL": {"RETINANET": {"NUM_CLASSES": 7}}, "SOLVER": {"MAX_ITER": 1}}
+    config = write_config(tmp_path / "teacher.yaml", TINY, data, QUIET, wrong)
+    outcome = server.run("--config-file", config, "OUTPUT_DIR", tmp_path / "teacher").succeeded()
+    assert "MODEL.RETINANET.NUM_CLASSES is 2 (it was 7), for the classes of the data set " in outcome.stdout
+    stored = yaml.safe_load((tmp_path / "teacher" / "config.yaml").read_text())
+    assert stored["DATASETS"]["CLASSES"] == ["cat", "dog"] and stored["MODEL"]["RETINANET"]["NUM_CLASSES"] == 2
+    server.run("--config-file", config, "--resume", "OUTPUT_DIR", tmp_path / "teacher").succeeded()
+
+    stored["DATASETS"]["COCO"] = [[row[0], str(tmp_path / "gone.json"), row[2]] for row in stored["DATASETS"]["COCO"]]
+    teacher = write_config(tmp_path / "gone.yaml", stored)
+    pair = distiller(teacher, tmp_path / "teacher" / "model_final.pth", "CrossKD")
+    config = write_config(tmp_path / "distilled.yaml", TINY, data, QUIET, wrong, pair)
+    server.run("--config-file", config, "OUTPUT_DIR", tmp_path / "distilled").succeeded()
+    server.run(
+        "--config-file", config, "--eval-only", "MODEL.WEIGHTS", tmp_path / "distilled" / "model_final.pth",
+        "DATASETS.TEST", f"('{data['DATASETS']['TEST'][0]}',)", "OUTPUT_DIR", tmp_path / "distilled",
+    ).succeeded()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import convert_msad  # noqa: E402
 from d2_distill.checkpoint import load_exactly  # noqa: E402
-from d2_distill.engine.setup import load_config  # noqa: E402
+from d2_distill.config import read_config  # noqa: E402
 from d2_distill.errors import UserError  # noqa: E402
 from d2_distill.student import build_student  # noqa: E402
 
@@ -129,7 +129,7 @@ def test_every_tensor_finds_its_place(tmp_path, role, index):
                 state[name] = state[name].repeat_interleave(2, dim=1)
     output = _run(tmp_path, state, role, "MODEL.SLIMMABLE.WIDTH_MULT", str(width))
     found = torch.load(output, weights_only=True)["model"]
-    model = build_student(load_config(CONFIGS[role], [*OPTS, "MODEL.SLIMMABLE.WIDTH_MULT", str(width)]))
+    model = build_student(read_config(CONFIGS[role], [*OPTS, "MODEL.SLIMMABLE.WIDTH_MULT", str(width)], source="the test"))
     load_exactly(model, str(output), key="the test")
     letter, pyramid, inner = {
         "teacher": ("T", "detector.backbone", "detector."),
