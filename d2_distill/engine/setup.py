@@ -52,6 +52,7 @@ def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
             run_cfg = _of_evaluation(cfg)
         else:
             _check_reference_world_size(cfg)
+            _check_precision(cfg)
             claim_output_dir(cfg, resume=args.resume)
             model = _initialised(cfg, resume=args.resume)
             run_cfg = cfg
@@ -91,6 +92,18 @@ def _check_reference_world_size(cfg: CfgNode) -> None:
             f"{reference}. Batch, BASE_LR, WARMUP_ITERS, STEPS and MAX_ITER are those of that many GPUs and "
             "are scaled to the number there is; leave them as they are, or set REFERENCE_WORLD_SIZE to 0 and "
             "change all of them."
+        )
+
+
+def _check_precision(cfg: CfgNode) -> None:
+    """
+    Raises:
+        UserError: mixed precision is wanted, which Detectron2 trains on GPUs only.
+    """
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        raise UserError(
+            "SOLVER.AMP.ENABLED is True, but the model is trained on the CPU, where there is no mixed precision; "
+            "set it to False or MODEL.DEVICE to cuda."
         )
 
 

@@ -86,6 +86,7 @@ def test_not_yaml(server, tmp_path):
             ("SOLVER.REFERENCE_WORLD_SIZE", "8", "SOLVER.IMS_PER_BATCH", "4"),
             ["SOLVER.IMS_PER_BATCH is 4", "REFERENCE_WORLD_SIZE 8", "set REFERENCE_WORLD_SIZE to 0"],
         ),
+        (("SOLVER.AMP.ENABLED", "True"), ["SOLVER.AMP.ENABLED", "set it to False or MODEL.DEVICE to cuda"]),
         (("--eval-only",), ["MODEL.WEIGHTS is empty"]),
         (("--eval-only", "MODEL.WEIGHTS", "none.pth"), ["MODEL.WEIGHTS", "none.pth"]),
     ],
