@@ -1,0 +1,121 @@
+"""What README and docs name exists: pages, sections, files, config keys; and every tool explains itself."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Iterator, List, Set
+
+import pytest
+import yaml
+from detectron2.config import CfgNode
+
+from d2_distill.config import get_distill_cfg
+from d2_distill.user_code import add_user_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in sorted([ROOT / "README.md", ROOT / "datasets" / "README.md", *(ROOT / "docs").glob("*.md")])
+}
+PROGRAMS = [
+    str(path.relative_to(ROOT))
+    for path in sorted([ROOT / "train_net.py", *(ROOT / "tools").glob("*.py"), *(ROOT / "datasets").glob("*.py")])
+]
+FENCE = re.compile(r"^```.*?^```", flags=re.MULTILINE | re.DOTALL)
+KEY = re.compile(r"(?<![\w.])(?:MODEL|SOLVER|DATASETS|DATALOADER|INPUT|TEST)(?:\.[A-Z0-9_]+)+(?!\w)")
+PATH = re.compile(r"(?<![\w./-])(?:configs|tools|docs|d2_distill|datasets|examples|tests)/[\w./*{},-]*[\w}*]")
+# Made by the commands that name them.
+MADE = re.compile(r"configs/mine|datasets/(quickstart|bccd|coco|VOC)")
+
+
+def slugs(page: str) -> Set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", PAGES[page]), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: str) -> Iterator[str]:
+    """Targets of a page's links and pictures in the project."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", PAGES[page])):
+        if "://" not in target:
+            yield target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page):
+    for target in links(page):
+        name, _, fragment = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if fragment:
+            assert fragment in slugs(str(path.resolve().relative_to(ROOT))), target
+
+
+@functools.lru_cache(maxsize=None)
+def all_keys() -> Set[str]:
+    """Every key and node of a config."""
+    found: Set[str] = set()
+
+    def walk(node: CfgNode, prefix: str) -> None:
+        for key, value in node.items():
+            found.add(prefix + key)
+            if isinstance(value, CfgNode):
+                walk(value, f"{prefix}{key}.")
+
+    walk(get_distill_cfg(), "")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_config_keys(page):
+    # The example of a method of one's own has a node of its own.
+    named = {key for key in KEY.findall(PAGES[page]) if not key.startswith("MODEL.DISTILL.CWD")}
+    assert named <= all_keys()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_configs(page):
+    """Keys and types of the values."""
+    for block in re.findall(r"^ *```yaml\n(.*?)^ *```", PAGES[page], flags=re.MULTILINE | re.DOTALL):
+        values = yaml.safe_load(block)
+        values.pop("_BASE_", None)
+        cfg = get_distill_cfg()
+        add_user_config(cfg, [str(ROOT / path) for path in re.findall(r"examples/\w+\.py", block)])
+        cfg.merge_from_other_cfg(CfgNode(values))
+
+
+def expanded(pattern: str) -> List[str]:
+    """The patterns without braces that a pattern with alternatives in braces stands for."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    rests = (pattern[: match.start()] + choice + pattern[match.end() :] for choice in match[1].split(","))
+    return [result for rest in rests for result in expanded(rest)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths(page):
+    for named in PATH.findall(PAGES[page]):
+        for pattern in expanded(named):
+            # "..." stands for any name, and docs may leave the ending out.
+            pattern = pattern.partition("...")[0].rstrip("/") + ("*" if "..." in pattern else "")
+            known = any(list(ROOT.glob(pattern + ending)) for ending in ("", ".yaml", ".py"))
+            assert known or MADE.match(pattern), named
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_has_an_example(program, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    spec = importlib.util.spec_from_file_location("__main__", ROOT / program)
+    module = importlib.util.module_from_spec(spec)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit) as stop:
+        spec.loader.exec_module(module)
+    assert not stop.value.code
+    assert re.search(rf"python {program} \S", text.getvalue())
