@@ -20,6 +20,8 @@ from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
+# Group of the scalars that tell the weights of terms with a schedule.
+WEIGHT_SCALARS = "distill_weight"
 # Training steps of this process in which every term is checked for finiteness and for a path to the student.
 CHECKED_STEPS = 3
 
@@ -117,13 +119,18 @@ class Distiller(nn.Module):
         return wanted
 
     def _distill(self, student: Run, teacher: Optional[Run]) -> Dict[str, torch.Tensor]:
-        iteration = get_event_storage().iter
+        storage = get_event_storage()
         losses: Dict[str, torch.Tensor] = {}
         for name, method in self.methods.items():
             for term, value in method(student, teacher).items():
                 if self._unchecked_steps:
                     _check_term(name, term, value, list(student.features.values()))
-                losses[term] = value * method.weight_at(term, iteration)
+                weight = method.weight_at(term, storage.iter)
+                losses[term] = value * weight
+                if method.is_scheduled(term):
+                    # without "loss" in the name, by which Detectron2 knows what to print
+                    name = f"{WEIGHT_SCALARS}/{term.replace('loss_', '', 1)}"
+                    storage.put_scalar(name, weight, smoothing_hint=False)
         return losses
 
 

@@ -64,6 +64,11 @@ def build_schedule(spec: Sequence[Sequence[Any]], key: str = "schedule") -> Call
     return partial(_product, tuple(_factor(entry, f"{key}[{index}]") for index, entry in enumerate(spec)))
 
 
+def is_constant(schedule: Callable[[int], float]) -> bool:
+    """Whether a schedule was built from an empty ``spec`` and so is always 1."""
+    return isinstance(schedule, partial) and schedule.func is _product and schedule.args == ((),)
+
+
 def _product(factors: Sequence[Callable[[int], float]], iteration: int) -> float:
     return math.prod(factor(iteration) for factor in factors)
 

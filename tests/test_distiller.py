@@ -304,6 +304,15 @@ def test_schedules_follow_the_trainers_iteration(teacher):
     assert at[0]["loss_imitation"] == at[99]["loss_imitation"] > 0
 
 
+def test_weights_with_a_schedule_are_scalars(teacher):
+    schedules = {"DISTILL__PKD__SCHEDULE": [["Warmup", 10]], "DISTILL__PKD__WEIGHT": 3.0}
+    model = build_distiller("RetinaNet", teacher, METHODS, **schedules)
+    with EventStorage(5) as storage:
+        model(batch())
+    weights = {name: value for name, value in storage.latest().items() if name.startswith("distill_weight")}
+    assert weights == {"distill_weight/pkd": (1.5, 5)}
+
+
 # 8. Evaluation never sees a teacher.
 
 

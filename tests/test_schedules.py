@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from d2_distill.errors import UserError
-from d2_distill.schedules import build_schedule
+from d2_distill.schedules import build_schedule, is_constant
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,11 @@ def test_factors_multiply_and_none_is_one():
     schedule = build_schedule((("Warmup", 10), ["EarlyStop", 20], ("Constant", 3)))
     assert [schedule(iteration) for iteration in (0, 5, 20, 21)] == [0.0, 1.5, 3.0, 0.0]
     assert build_schedule([])(12345) == 1
+
+
+def test_only_the_empty_schedule_is_constant():
+    assert is_constant(build_schedule([])) and is_constant(build_schedule(()))
+    assert not is_constant(build_schedule([["Warmup", 0]])) and not is_constant(lambda iteration: 1.0)
 
 
 def test_a_schedule_can_be_pickled():

@@ -223,7 +223,7 @@ class VOCEvaluator(DatasetEvaluator):
             self._predictions.append((given["image_id"], boxes, scores, instances.pred_classes.numpy()))
 
     def evaluate(self) -> Optional[Dict[str, Dict[str, float]]]:
-        """{"bbox": {"AP", "AP50", "AP75", "AP55" .. "AP95"}}; None in processes other than the main one.
+        """{"bbox": {"AP", "AP50", "AP75", "AP55" .. "AP95", "AP-<class>" ..}}; None in other than the main process.
 
         {} if no image was processed.
         """
@@ -265,7 +265,13 @@ class VOCEvaluator(DatasetEvaluator):
             self._convention_name,
             tabulate([by_threshold.values()], by_threshold, floatfmt=".3f"),
         )
-        rows = zip(self._metadata.thing_classes, aps[:, 0])
+        classes = self._metadata.thing_classes
+        # as COCO's, means of the thresholds; of a class without objects only where it is part of the mean
+        results.update({
+            f"AP-{name}": float(row.mean()) if present or self._convention.empty_classes else np.nan
+            for name, row, present in zip(classes, aps, has_objects)
+        })
+        rows = zip(classes, aps[:, 0])
         logger.info("AP50 of each class:\n%s", tabulate(rows, ("class", "AP50"), floatfmt=".3f"))
         return results
 

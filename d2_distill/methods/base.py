@@ -10,6 +10,7 @@ from detectron2.utils.registry import Registry
 from torch import nn
 
 from ..errors import UserError
+from ..schedules import is_constant
 from ..staged import Run, StagedDetector, Taps
 from ..teacher import Teacher
 
@@ -49,6 +50,10 @@ class DistillMethod(nn.Module):
     def weight_at(self, term: str, iteration: int) -> float:
         """Weight of a term at the trainer's iteration."""
         return self.weights[term] * self.schedules[term](iteration)
+
+    def is_scheduled(self, term: str) -> bool:
+        """Whether the weight of a term follows the iteration."""
+        return not is_constant(self.schedules[term])
 
 
 def list_methods() -> List[str]:

@@ -25,6 +25,17 @@ def test_metrics_hold_every_term(request, name, terms):
     assert 0 <= values["bbox/AP"] <= 100 and (values["bbox/AP50"] > 20) == (name == "teacher")
 
 
+def test_tensorboard_holds_every_scalar(distilled):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulators.EventAccumulator(str(distilled.folder)).Reload()
+    assert set(events.Tags()["scalars"]) >= DISTILLED_TERMS | {
+        "total_loss", "lr", "data_time", "train_seconds", "bbox/AP", "bbox/AP50", "bbox/AP-cat", "bbox/AP-dog"
+    }
+    for name in (*DISTILLED_TERMS, "lr", "bbox/AP"):
+        written = events.Scalars(name)[-1]
+        assert written.value == pytest.approx(scalars(distilled.folder)[name], rel=1e-6, nan_ok=True)
+
+
 def test_log_tells_the_teacher(distilled, teacher):
     log = (distilled.folder / "log.txt").read_text()
     assert log.count("Teacher: RetinaNet") == 1 and f"from {teacher.weights}, fingerprint" in log

@@ -23,6 +23,7 @@ from ..embedded.detection_data import empty_output, outputs_of, registered, writ
 NAME = "test_voc"
 CLASSES = ["cat", "dog", "cow"]
 KEYS = ["AP", "AP50", "AP75", "AP55", "AP60", "AP65", "AP70", "AP80", "AP85", "AP90", "AP95"]
+CLASS_KEYS = [f"AP-{name}" for name in CLASSES]
 
 
 def _random_set(seed, classes=CLASSES, num_images=15):
@@ -83,10 +84,11 @@ def test_devkit_equals_detectron2(voc, seed, year):
     expected = _evaluate(PascalVOCDetectionEvaluator(NAME), detections)["bbox"]
     actual = _evaluate(VOCEvaluator(NAME, "devkit"), detections)["bbox"]
     assert 10 < expected["AP"] < 90
-    assert list(actual) == KEYS
+    assert list(actual) == KEYS + CLASS_KEYS
     for metric, value in expected.items():
         assert actual[metric] == pytest.approx(value, rel=1e-9)
-    assert actual["AP"] == pytest.approx(np.mean([actual[metric] for metric in KEYS[1:]]), rel=1e-9)
+    for keys in (KEYS[1:], CLASS_KEYS):
+        assert actual["AP"] == pytest.approx(np.mean([actual[metric] for metric in keys]), rel=1e-9)
 
 
 @pytest.mark.parametrize("year", [2007, 2012])
@@ -172,7 +174,7 @@ def test_what_the_loader_gives_is_a_perfect_prediction(voc, convention, year):
         for given, output in outputs_of(rows):
             evaluator.process([given], [output])
     results = evaluator.evaluate()["bbox"]
-    assert list(results) == KEYS
+    assert list(results) == KEYS + CLASS_KEYS
     assert all(value == pytest.approx(100.0) for value in results.values())
 
 
@@ -196,8 +198,9 @@ def test_rules_that_differ(voc):
 def test_no_object_at_all(voc):
     voc(["a"], [("a", "cat", [1, 1, 9, 9], True)])
     rows = [("a", [0.0, 0, 9, 9], 0.9, 0), ("a", [40.0, 40, 60, 60], 0.8, 0)]
-    assert np.isnan(_evaluate(VOCEvaluator(NAME, "openmmlab"), rows)["bbox"]["AP"])
-    assert _evaluate(VOCEvaluator(NAME, "devkit"), rows)["bbox"]["AP"] == 0
+    openmmlab, devkit = (_evaluate(VOCEvaluator(NAME, name), rows)["bbox"] for name in ("openmmlab", "devkit"))
+    for metric in ("AP", "AP-cat"):
+        assert np.isnan(openmmlab[metric]) and devkit[metric] == 0
 
 
 def test_nothing_detected_and_nothing_processed(voc):
@@ -206,7 +209,8 @@ def test_nothing_detected_and_nothing_processed(voc):
         evaluator = VOCEvaluator(NAME, convention)
         assert evaluator.evaluate() == {}
         evaluator.process([{"image_id": "a"}], [empty_output()])
-        assert evaluator.evaluate()["bbox"] == dict.fromkeys(KEYS, 0.0)
+        found = evaluator.evaluate()["bbox"]
+        assert {key: found[key] for key in (*KEYS, "AP-cat")} == dict.fromkeys((*KEYS, "AP-cat"), 0.0)
 
 
 def test_log_and_selection_by_the_config(voc, caplog):
