@@ -30,8 +30,8 @@ quickstart: $(INSTALLED)  ## train a teacher, a plain and a distilled student on
 	$(ONE_THREAD) $(RUN) train_net.py --config-file configs/quickstart/teacher.yaml --resume
 	$(ONE_THREAD) $(RUN) train_net.py --config-file configs/quickstart/student.yaml --resume
 	$(ONE_THREAD) $(RUN) train_net.py --config-file configs/quickstart/distilled.yaml --resume
-	$(RUN) tools/report.py --output $(OUTPUT)/report \
-	  --run teacher=$(OUTPUT)/teacher --run plain=$(OUTPUT)/student --run distilled=$(OUTPUT)/distilled
+	$(ONE_THREAD) $(RUN) tools/compare.py --output $(OUTPUT)/comparison --baseline plain \
+	  $(OUTPUT)/teacher plain=$(OUTPUT)/student $(OUTPUT)/distilled
 
 test: $(INSTALLED)  ## run the tests
 	$(ONE_THREAD) $(RUN) -m pytest tests -q

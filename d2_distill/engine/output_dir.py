@@ -53,10 +53,10 @@ def _refusal(cfg, resume: bool) -> str | None:
     path = os.path.join(folder, "config.yaml")
     try:
         with open(path, encoding="utf-8") as file:
-            stored = _flatten(yaml.safe_load(file))
+            stored = flatten(yaml.safe_load(file))
     except (OSError, yaml.YAMLError, AttributeError):
         return f"OUTPUT_DIR {folder} holds a run whose {path} cannot be read; restore it or name another."
-    wanted = _flatten(yaml.safe_load(cfg.dump()))
+    wanted = flatten(yaml.safe_load(cfg.dump()))
     return _difference(stored, wanted, folder, has_checkpoint="last_checkpoint" in held)
 
 
@@ -64,12 +64,12 @@ def _is_filled(path: str) -> bool:
     return os.path.isfile(path) and os.path.getsize(path) > 0
 
 
-def _flatten(node: dict, prefix: str = "") -> dict:
+def flatten(node: dict, prefix: str = "") -> dict:
     """Leaves by dotted key."""
     leaves = {}
     for key, value in node.items():
         name = f"{prefix}{key}"
-        leaves.update(_flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+        leaves.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
     return leaves
 
 

@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""Compares finished runs: tables, plots, and their detections side by side.
+
+    python tools/compare.py output/teacher plain=output/student output/distilled/seed* --output output/comparison
+
+prints a table with a row a model, and writes comparison.md (everything), comparison.csv (a line a run, all its numbers),
+ap.png, losses.png, cost.png, classes.png and detections.png. Runs that differ in their seed alone are one row, mean ± standard
+deviation; so are runs that are given the same NAME. docs/comparing.md tells what the columns mean and how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
+
+import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+from d2_distill.comparison.groups import group_runs
+from d2_distill.comparison.report import Options, compare, require_folder, screen, write
+from d2_distill.comparison.runs import read_run
+from d2_distill.errors import UserError
+
+
+def named_folder(text: str) -> Tuple[str, Path]:
+    """``NAME=FOLDER`` or ``FOLDER``, whose name is "" then."""
+    name, equals, folder = text.partition("=")
+    if not equals or Path(text).is_dir():  # a folder may have "=" in its name
+        return "", Path(text)
+    if not (name and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither FOLDER nor NAME=FOLDER")
+    return name, Path(folder)
+
+
+def number(text: str) -> int:
+    """A whole number from 0 on."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def parse_args(arguments: Optional[List[str]]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument(
+        "runs", nargs="+", type=named_folder, metavar="[NAME=]FOLDER",
+        help="output folder of a run; the name of a model, by default the folder's, may be given to several",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/comparison"), help="folder to write (default: %(default)s)"
+    )
+    parser.add_argument("--baseline", default="", metavar="NAME", help="also show the differences to this model")
+    parser.add_argument(
+        "--test-set", default="", metavar="NAME", help="of DATASETS.TEST (default: the first of the first run)"
+    )
+    parser.add_argument("--unfinished", action="store_true", help="compare unfinished runs as they stand, marked with *")
+    parser.add_argument("--no-speed", action="store_true", help="do not measure images/s")
+    parser.add_argument(
+        "--images", type=number, default=6, metavar="N", help="test images to draw, 0 for none (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pick", choices=("spread", "differ"), default="spread",
+        help="draw images spread over the test set, or those on which the models differ most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--score-threshold", type=float, default=0.3, metavar="SCORE", help="of drawn detections (default: %(default)s)"
+    )
+    return parser.parse_args(arguments)
+
+
+class Progress:
+    """One line on the screen that the next one overwrites; in a log file the first of each kind."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, text: str) -> None:
+        kind = text.partition(":")[0]
+        if sys.stderr.isatty():
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif kind and kind != self._last:
+            print(text, file=sys.stderr, flush=True)
+        self._last = kind
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    args = parse_args(arguments)
+    logging.getLogger("fvcore").setLevel(logging.WARNING)
+    options = Options(
+        baseline=args.baseline, test_set=args.test_set, speed=not args.no_speed, images=args.images,
+        score_threshold=args.score_threshold, pick=args.pick,
+    )
+    progress = Progress()
+    try:
+        require_folder(args.output)
+        runs = [(name, read_run(folder, unfinished=args.unfinished)) for name, folder in args.runs]
+        comparison = compare(group_runs(runs), options, progress=progress)
+        progress("")
+        print(screen(comparison), flush=True)
+        written = write(comparison, args.output, progress=progress)
+        progress("")
+    except (UserError, OSError) as error:
+        progress("")
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        progress("")
+        sys.exit(130)
+    for note in comparison.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"\nWritten to {args.output}: {', '.join(written)}")
+
+
+if __name__ == "__main__":
+    main()
