@@ -67,8 +67,8 @@ def notes(groups: Sequence[Group], test_set: str) -> List[str]:
         keys = _differing_keys(group.runs)
         if keys:
             found.append(
-                f"The runs of {group.name} differ not in their seed alone but in {', '.join(keys)}; parameters, GFLOPs, "
-                f"images/s and pictures are those of {group.first.folder}."
+                f"The runs of {group.name} differ not in their seed alone but in {', '.join(keys)}; parameters, "
+                f"GFLOPs, images/s and pictures are those of {group.first.folder}."
             )
         seeds = [run.cfg.SEED for run in group.runs if run.cfg.SEED >= 0]
         if len(set(seeds)) < len(seeds):

@@ -84,7 +84,8 @@ def draw_comparison(
         image, truth = detection_utils.read_image(record["file_name"], "RGB"), ground_truth(record)
         names = [name_of(k, class_names) for k in truth.gt_classes.tolist()]
         row = [_draw(image, truth.gt_boxes.tensor, names, [TRUTH] * len(truth))]
-        row.extend(_verdict(image, detector.detect(record, threshold), truth, class_names) for detector in detectors.values())
+        for detector in detectors.values():
+            row.append(_verdict(image, detector.detect(record, threshold), truth, class_names))
         rows.append(row)
     return _grid(rows, ["ground truth", *detectors])
 

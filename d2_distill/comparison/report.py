@@ -21,7 +21,7 @@ from .groups import Group, notes
 from .measures import (
     SPEED_IMAGES, SPEED_ROUNDS, Detector, Measures, Record, evenly_spread, images_per_second, measure_size,
 )
-from .pictures import draw_comparison, most_different
+from .pictures import IOU, draw_comparison, most_different
 from .runs import common_test_set, data_rows
 
 PAGE, NUMBERS = "comparison.md", "comparison.csv"
@@ -104,7 +104,8 @@ def compare(groups: List[Group], options: Options, *, progress: Callable[[str], 
     for group in groups:
         progress(f"{group.name}: loading {group.first.checkpoint}")
         if group.first.checkpoint is None:
-            comparison.notes.append(f"{group.first.folder} ({group.name}) has no checkpoint yet: only its scalars are shown.")
+            folder = group.first.folder
+            comparison.notes.append(f"{folder} ({group.name}) has no checkpoint yet: only its scalars are shown.")
             comparison.measured[group.name] = Measures()
             continue
         detector = comparison.detectors[group.name] = Detector(group.first)
@@ -211,8 +212,8 @@ def _page(comparison: Comparison, pictures: Sequence[str]) -> str:
     parts += [f"## {PICTURES[name]}\n\n![{PICTURES[name]}]({name})" for name in pictures]
     if "detections.png" in pictures:
         parts.append(
-            f"Detections of the first run of each model that score at least {options.score_threshold:g}. An object is found "
-            "by the surest detection of its class with an IoU of at least 0.5; other detections are wrong."
+            f"Detections of the first run of each model that score at least {options.score_threshold:g}. An object is "
+            f"found by the surest detection of its class with an IoU of at least {IOU:g}; other detections are wrong."
         )
     rows = [[group.name, str(run.cfg.SEED), str(run.folder)] for group in comparison.groups for run in group.runs]
     parts += ["## Runs", tables.Table(["model", "seed", "folder"], rows).markdown()]
@@ -228,8 +229,8 @@ def _legend(comparison: Comparison) -> str:
         threads = torch.get_num_threads()
         device = "a GPU" if torch.cuda.is_available() else f"a CPU with {threads} thread{'s' * (threads > 1)}"
         sentences.append(
-            f"Images/s: one image a batch with post-processing, without reading it, on {device}, median of {SPEED_ROUNDS} in "
-            "turns with the other models"
+            f"Images/s: one image a batch with post-processing, without reading it, on {device}, median of "
+            f"{SPEED_ROUNDS} in turns with the other models"
         )
     sentences.append("Training time: all steps, without evaluations")
     return ". ".join(sentences) + "."

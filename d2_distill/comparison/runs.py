@@ -126,8 +126,8 @@ def common_test_set(runs: List[Run], wanted: str = "") -> str:
         ):
             if ours != theirs:
                 raise UserError(
-                    f"The {what} of {test_set} is {ours} in {run.folder} and {theirs} in {runs[0].folder}; numbers from "
-                    "different data or rules cannot be compared."
+                    f"The {what} of {test_set} is {ours} in {run.folder} and {theirs} in {runs[0].folder}; numbers "
+                    "from different data or rules cannot be compared."
                 )
     return test_set
 

@@ -8,7 +8,7 @@ import io
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from tabulate import tabulate
 
@@ -85,7 +85,7 @@ def main_table(groups: Sequence[Group], measured: Measured, test_set: str) -> Ta
     sizes = [measured[group.name] for group in groups]
     columns["parameters"] = [_text(size.parameters, lambda n: f"{n / 1e6:.3g} M") for size in sizes]
     columns["GFLOPs"] = [_text(size.multiply_adds, lambda n: f"{n / 1e9:.3g}") for size in sizes]
-    columns["images/s"] = [_text(size.images_per_second, lambda n: f"{n:.3g}" if n < 100 else f"{n:.0f}") for size in sizes]
+    columns["images/s"] = [_text(size.images_per_second, _speed) for size in sizes]
     found = [spreads(group, test_set) for group in groups]
     for metric in METRICS:
         columns[metric] = [_text(each.get(metric), str) for each in found]
@@ -103,7 +103,8 @@ def difference_table(groups: Sequence[Group], baseline: Group, test_set: str) ->
     for group in groups:
         if group is not baseline:
             ours = spreads(group, test_set)
-            rows.append([group.title, *(_text(ours.get(name), lambda own: _difference(own, theirs[name])) for name in metrics)])
+            cells = [_difference(ours[name], theirs[name]) if name in ours else ABSENT for name in metrics]
+            rows.append([group.title, *cells])
     return Table([f"minus {baseline.name}", *metrics], rows)
 
 
@@ -152,7 +153,7 @@ def csv_text(groups: Sequence[Group], measured: Measured, test_set: str) -> str:
     return file.getvalue()
 
 
-def _text(value: Any, form) -> str:
+def _text(value: Any, form: Callable[[Any], str]) -> str:
     return ABSENT if value is None else form(value)
 
 
@@ -166,6 +167,10 @@ def _difference(ours: Spread, theirs: Spread) -> str:
 def _mean_seconds(group: Group) -> Optional[float]:
     seconds = [run.last("train_seconds") for run in group.runs]
     return None if None in seconds else statistics.fmean(seconds)
+
+
+def _speed(images_per_second: float) -> str:
+    return f"{images_per_second:.3g}" if images_per_second < 100 else f"{images_per_second:.0f}"
 
 
 def _clock(seconds: float) -> str:

@@ -92,7 +92,8 @@ def test_csv_has_a_line_a_run_in_full_precision(groups, test_set):
         ("teacher", "1", "31.0"), ("plain", "1", "20.0"), ("plain", "2", "23.0")
     ]
     first = lines[0]
-    assert (first["parameters"], first["multiply_adds"], first["images_per_second"]) == ("3119064", "130659840", "43.0012")
+    assert (first["parameters"], first["multiply_adds"]) == ("3119064", "130659840")
+    assert first["images_per_second"] == "43.0012"
     assert first["AP75"] == "nan" and first["AP-cat"] == "30.0" and first["APl"] == ""
     assert first["train_seconds"] == "1005.0" and first["finished"] == "True" and first["test_set"] == test_set
 

@@ -10,13 +10,14 @@ from .runs import ROOT, scalars
 
 
 def test_comparison_of_real_runs(server, teacher, plain, distilled, tmp_path):
-    folders = [f"{name}={run.folder}" for name, run in (("teacher", teacher), ("plain", plain), ("distilled", distilled))]
+    runs = {"teacher": teacher, "plain": plain, "distilled": distilled}
+    folders = [f"{name}={run.folder}" for name, run in runs.items()]
     arguments = (*folders, "--baseline", "plain", "--images", 1, "--no-speed", "--output", tmp_path)
     outcome = server.run(*arguments, script=ROOT / "tools" / "compare.py").succeeded()
     assert "minus plain" in outcome.stdout and "note: " not in outcome.stderr
     with open(tmp_path / "comparison.csv", encoding="utf-8") as file:
         rows = {row["model"]: row for row in csv.DictReader(file)}
-    for name, run in (("teacher", teacher), ("plain", plain), ("distilled", distilled)):
+    for name, run in runs.items():
         values = scalars(run.folder)
         for metric in ("AP", "AP50", "AP-cat"):
             assert float(rows[name][metric]) == pytest.approx(values[f"bbox/{metric}"], nan_ok=True)

@@ -15,8 +15,7 @@ from d2_distill.comparison.report import Options, write
 from d2_distill.comparison.report import compare as compare_runs
 from d2_distill.comparison.runs import read_run
 
-from ..comparison.conftest import data  # noqa: F401  a fixture
-from ..comparison.small_runs import METRICS, write_run
+from ..comparison.small_runs import METRICS, write_data, write_run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import compare  # noqa: E402
@@ -25,9 +24,10 @@ pytest.importorskip("matplotlib")
 
 
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):  # noqa: F811
+def runs(tmp_path_factory):
     """A teacher, two seeds of a student that was distilled, and a plain one that is still trained."""
-    root = tmp_path_factory.mktemp("runs")
+    root = tmp_path_factory.mktemp("compared_runs")
+    data = write_data(root / "compared_by_the_tool")
     write_run(root / "teacher", data=data, RETINANET__NUM_CONVS=3)
     student = {"META_ARCHITECTURE": "Distiller", "RETINANET__NUM_CONVS": 1}
     for seed, ap in ((1, 24.0), (2, 27.0)):
@@ -83,7 +83,7 @@ def test_table_files_and_pictures(runs, tmp_path, capsys):
         assert pixels.shape[0] > 200 and pixels.shape[1] > 400 and pixels.std() > 5
 
 
-def test_without_the_images_the_numbers_are_compared(data, tmp_path, capsys):  # noqa: F811
+def test_without_the_images_the_numbers_are_compared(tmp_path, capsys):
     gone = {"COCO": (("gone_val", "gone.json", "gone"),), "TEST": ("gone_val",)}
     folder = write_run(tmp_path / "run", data=gone)
     output = tmp_path / "out"
