@@ -271,6 +271,9 @@ def _add_distiller_config(cfg: CN) -> None:
     distill.TEACHER.WEIGHTS = ""
     # Overrides of the teacher's config: a flat list of keys and values.
     distill.TEACHER.OPTS = []
+    # The teacher's classes are matched with the student's by name, and others of its classes left out. Entries
+    # "student name=teacher name" for what is the same under another name.
+    distill.TEACHER.CLASS_ALIASES = ()
     # Batch norms of the teacher use, and update, the statistics of each batch: MSAD's published code only.
     distill.TEACHER.BATCH_STATISTICS = False
 

@@ -27,6 +27,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from .assigners import Assignment, GroundTruth
+from .class_mapping import keep_outputs
 from .errors import UserError
 
 
@@ -101,6 +102,13 @@ class StagedDetector:
 
     @property
     def num_classes(self) -> int:
+        raise NotImplementedError
+
+    def keep_classes(self, classes: Sequence[int]) -> None:
+        """Change the model, weights included, into one that knows these of its classes only, in this order.
+
+        What it predicts of them stays the same.
+        """
         raise NotImplementedError
 
     @property
@@ -195,6 +203,14 @@ class StagedDense(StagedDetector):
     @property
     def num_classes(self) -> int:
         return self.model.num_classes
+
+    def keep_classes(self, classes: Sequence[int]) -> None:
+        _, layer = self.predictors["logits"]
+        scores = layer.out_channels // self.model.anchor_generator.num_anchors[0]
+        # Behind the classes may stand an output that is none (GFLv2).
+        kept = [*classes, *range(self.num_classes, scores)]
+        keep_outputs(layer, [start + k for start in range(0, layer.out_channels, scores) for k in kept])
+        self.model.num_classes = len(classes)
 
     @property
     def in_features(self) -> List[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -13,12 +13,13 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import class_mapping
 from .checkpoint import load_exactly
 from .config import read_config
 from .data.classes import dataset_classes, with_classes
 from .errors import UserError
-from .staged import Run, Taps, stage_detector
-from .student import build_student
+from .staged import Run, StagedDetector, Taps, stage_detector
+from .student import build_student, num_classes_key
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Teacher:
         model: the detector; it is put in eval mode and its parameters stop requiring gradient.
         input_format: channel order of its images ("BGR", "RGB").
         classes: names of its classes, empty if unknown.
+        lacks: names of the student's classes that it does not know.
         cfg: config that the model was built from, for methods that build parts of its architecture.
         batch_statistics: its batch norms use, and update, the statistics of each batch nevertheless.
     """
@@ -40,6 +42,7 @@ class Teacher:
         *,
         input_format: str,
         classes: Sequence[str] = (),
+        lacks: Sequence[str] = (),
         cfg: Optional[CfgNode] = None,
         batch_statistics: bool = False,
     ) -> None:
@@ -51,25 +54,31 @@ class Teacher:
         self.staged = stage_detector(model)
         self.input_format = input_format
         self.classes = classes
+        self.lacks = lacks
         self.cfg = cfg
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Optional["Teacher"]:
         """Build and load the teacher of ``MODEL.DISTILL.TEACHER``; None if no config file is named.
 
+        Of its classes only those of the student are kept, in the student's order, if it knows all of them by name.
+
         Raises:
-            UserError: its config file or weights are missing, or the weights do not fit the model exactly.
+            UserError: its config file or weights are missing, the weights do not fit the model exactly, or
+                ``CLASS_ALIASES`` cannot be.
         """
         if not cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
             return None
         teacher_cfg = teacher_config(cfg)
-        model = build_student(teacher_cfg).to(memory_format=torch.channels_last)
+        model = build_student(teacher_cfg)
         weights = teacher_cfg.MODEL.WEIGHTS
         load_exactly(model, weights, key="MODEL.DISTILL.TEACHER.WEIGHTS")
+        classes, lacks = _take_classes(cfg, teacher_cfg, stage_detector(model))
         teacher = cls(
-            model,
+            model.to(memory_format=torch.channels_last),
             input_format=teacher_cfg.INPUT.FORMAT,
-            classes=dataset_classes(teacher_cfg),
+            classes=classes,
+            lacks=lacks,
             cfg=teacher_cfg,
             batch_statistics=cfg.MODEL.DISTILL.TEACHER.BATCH_STATISTICS,
         )
@@ -132,15 +141,22 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 
     A teacher may come without its data: its config then has to tell the number of classes, or ``DATASETS.CLASSES``.
 
+    Without weights of its own a name of Detectron2's model zoo means the zoo's trained checkpoint, not what the zoo's
+    config initialises the training with.
+
     Raises:
-        UserError: the config file is missing or not a valid config, or names no weights.
+        UserError: the config file is missing or not a valid config, or there are no weights.
     """
     node = cfg.MODEL.DISTILL.TEACHER
     source = f"MODEL.DISTILL.TEACHER: {node.CONFIG_FILE} with the overrides OPTS"
-    teacher_cfg = read_config(_config_path(node.CONFIG_FILE), node.OPTS, source=source)
+    is_file = PathManager.isfile(node.CONFIG_FILE)
+    path = node.CONFIG_FILE if is_file else _from_zoo("get_config_file", node.CONFIG_FILE)
+    teacher_cfg = read_config(path, node.OPTS, source=source)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     if node.WEIGHTS:
         teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS
+    elif not is_file and "MODEL.WEIGHTS" not in node.OPTS[::2]:
+        teacher_cfg.MODEL.WEIGHTS = _from_zoo("get_checkpoint_url", node.CONFIG_FILE)
     if not teacher_cfg.MODEL.WEIGHTS:
         raise UserError(
             "MODEL.DISTILL.TEACHER.WEIGHTS is empty and so is MODEL.WEIGHTS of the teacher's config; "
@@ -155,15 +171,56 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     return with_classes(teacher_cfg)
 
 
-def _config_path(name: str) -> str:
-    if PathManager.isfile(name):
-        return name
-    try:  # The zoo is optional: the embedded subset has none, and the real one may not import.
-        from detectron2.model_zoo import get_config_file
+def _take_classes(
+    cfg: CfgNode, teacher_cfg: CfgNode, staged: StagedDetector
+) -> Tuple[Sequence[str], Sequence[str]]:
+    """Make the teacher know the student's classes only, in model and config, if it knows all of them.
 
-        return get_config_file(name)
-    except (ImportError, RuntimeError):
+    Returns:
+        Names of its classes afterwards, empty if unknown; names of those of the student that it does not know.
+    """
+    ours, theirs, aliases = dataset_classes(cfg), dataset_classes(teacher_cfg), cfg.MODEL.DISTILL.TEACHER.CLASS_ALIASES
+    if aliases and not (ours and theirs):
         raise UserError(
-            f"MODEL.DISTILL.TEACHER.CONFIG_FILE: there is no file {name}; give a path relative to the "
-            "working directory, or a name of Detectron2's model zoo where it is installed."
+            f"{class_mapping.KEY} is set, but the class names of the {'student' if theirs else 'teacher'} are not "
+            "known; name them in DATASETS.CLASSES of its config."
+        )
+    if not (ours and theirs) or ours == theirs:
+        return theirs, ()
+    found = class_mapping.match_classes(ours, theirs, aliases)
+    lacks = [name for name, index in zip(ours, found) if index is None]
+    summary = class_mapping.describe(ours, theirs, found)
+    if lacks:
+        logger.warning(
+            "Teacher: it has %s, but not %s; methods that compare classes cannot use it.", summary, ", ".join(lacks)
+        )
+        return theirs, lacks
+    staged.keep_classes(found)
+    teacher_cfg.merge_from_list(["DATASETS.CLASSES", tuple(ours), num_classes_key(teacher_cfg), len(ours)])
+    logger.info("Teacher: %s", summary)
+    return ours, ()
+
+
+def _from_zoo(function: str, name: str) -> str:
+    """What a function of Detectron2's ``model_zoo`` says of a config."""
+    try:  # The zoo is optional: the embedded subset has none, and the real one may not import.
+        from detectron2 import model_zoo
+    except ImportError:
+        raise UserError(
+            f"MODEL.DISTILL.TEACHER.CONFIG_FILE: there is no file {name}; give a path relative to the working directory. "
+            "Names of Detectron2's model zoo need the real Detectron2, and this is the embedded one "
+            "(docs/embedded_detectron2.md)."
         ) from None
+    try:
+        return getattr(model_zoo, function)(name)
+    except RuntimeError:  # it has no such file or checkpoint
+        pass
+    if function == "get_checkpoint_url":
+        raise UserError(
+            f"MODEL.DISTILL.TEACHER.WEIGHTS is empty, and Detectron2's model zoo has no trained checkpoint of {name}; "
+            "name one."
+        )
+    raise UserError(
+        f"MODEL.DISTILL.TEACHER.CONFIG_FILE: there is no file {name}, nor has Detectron2's model zoo this config; give a "
+        "path relative to the working directory, or a name such as COCO-Detection/retinanet_R_50_FPN_3x.yaml."
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from detectron2.config import CfgNode
@@ -128,11 +130,43 @@ def test_a_teacher_may_be_a_distilled_student(tmp_path):
     assert Teacher.from_config(distiller_cfg("RetinaNet", saved)).staged.kind == "RetinaNet"
 
 
-@pytest.mark.skipif(provider.name() == "embedded", reason="the embedded Detectron2 has no model zoo")
-def test_model_zoo_names():
-    saved = SavedTeacher("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "")
-    found = teacher_config(distiller_cfg("RetinaNet", saved))
-    assert found.MODEL.META_ARCHITECTURE == "RetinaNet" and found.MODEL.RETINANET.NUM_CLASSES == 80
+ZOO = "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"
+real_only = pytest.mark.skipif(provider.name() == "embedded", reason="the embedded Detectron2 has no model zoo")
+
+
+@real_only
+@pytest.mark.parametrize(
+    "weights, opts, expected",
+    [
+        ("", [], r"https://.*/detectron2/COCO-Detection/faster_rcnn_R_101_FPN_3x/137851257/model_final_f6e8b1\.pkl"),
+        ("mine.pth", [], r"mine\.pth"),
+        ("", ["MODEL.WEIGHTS", "mine.pth"], r"mine\.pth"),
+    ],
+)
+def test_model_zoo_names(weights, opts, expected):
+    """Not the backbone that the zoo's config starts from."""
+    found = teacher_config(distiller_cfg("RetinaNet", SavedTeacher(ZOO, weights), DISTILL__TEACHER__OPTS=opts))
+    assert found.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and found.MODEL.ROI_HEADS.NUM_CLASSES == 80
+    assert re.fullmatch(expected, found.MODEL.WEIGHTS)
+
+
+@real_only
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("COCO-Detection/none.yaml", "CONFIG_FILE: there is no file .*, nor has Detectron2's model zoo this config"),
+        ("Base-RCNN-FPN.yaml", "WEIGHTS is empty, and Detectron2's model zoo has no trained checkpoint of Base-RCNN"),
+    ],
+)
+def test_what_the_model_zoo_lacks(name, message):
+    with pytest.raises(UserError, match=f"MODEL.DISTILL.TEACHER.{message}"):
+        teacher_config(distiller_cfg("RetinaNet", SavedTeacher(name, "")))
+
+
+@pytest.mark.skipif(provider.name() != "embedded", reason="the real Detectron2 has a model zoo")
+def test_the_model_zoo_needs_the_real_detectron2():
+    with pytest.raises(UserError, match="no file COCO-Detection/faster.* need the real Detectron2, and this is the embed"):
+        teacher_config(distiller_cfg("RetinaNet", SavedTeacher(ZOO, "")))
 
 
 def run(teacher: Teacher, student, inputs):

@@ -165,7 +165,7 @@ class StagedMultiScale(StagedDense):
     # What the inner detector's adapter does as it is.
     INNER = (
         "towers", "predictors", "reg_max", "assigns_points", "averages_normalizer", "atss_topk",
-        "predict", "assign", "valid_anchors", "losses", "class_scores", "decode_rows",
+        "keep_classes", "predict", "assign", "valid_anchors", "losses", "class_scores", "decode_rows",
     )
 
     def __init__(self, model: MultiScaleDetector) -> None:

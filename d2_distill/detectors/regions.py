@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from ..class_mapping import ClassScores, keep_outputs
 from ..errors import UserError
 
 
@@ -164,6 +165,23 @@ class StagedRegions:
         else:
             proposals.gt_classes = torch.full_like(matches, self.roi_heads.num_classes)
         return proposals
+
+
+def keep_region_classes(roi_heads: nn.Module, classes: Sequence[int]) -> None:
+    """Change any RoI heads of Detectron2, weights included, into such of these classes only, in this order."""
+    before, predictors = roi_heads.num_classes, roi_heads.box_predictor
+    for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
+        if len(classes) < before:
+            predictor.cls_score = ClassScores(predictor.cls_score, classes)
+        else:
+            keep_outputs(predictor.cls_score, [*classes, before])
+        if predictor.bbox_pred.out_features == 4 * before:  # else class-agnostic
+            keep_outputs(predictor.bbox_pred, [4 * k + side for k in classes for side in range(4)])
+        predictor.num_classes = len(classes)
+    masks = getattr(getattr(roi_heads, "mask_head", None), "predictor", None)
+    if masks is not None and masks.out_channels == before:  # else class-agnostic
+        keep_outputs(masks, classes)
+    roi_heads.num_classes = len(classes)
 
 
 def _layers(head: nn.Module) -> Dict[str, nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -14,7 +14,7 @@ from detectron2.structures import Instances
 from torch import nn
 
 from ..staged import Assignment, Run, StagedDense, StagedDetector, Tower, register_staged, stage
-from .regions import RegionStage, StagedRegions
+from .regions import RegionStage, StagedRegions, keep_region_classes
 
 
 @register_staged(RetinaNet)
@@ -69,6 +69,9 @@ class StagedRCNN(StagedDetector):
     @property
     def num_classes(self) -> int:
         return self.model.roi_heads.num_classes
+
+    def keep_classes(self, classes: Sequence[int]) -> None:
+        keep_region_classes(self.model.roi_heads, classes)
 
     def feature_shapes(self) -> Dict[str, ShapeSpec]:
         shapes = self.model.backbone.output_shape()

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes
 from torch import nn
 
-from ..data.classes import dataset_classes
 from ..errors import UserError
 from ..geometry import distances_to_sides
 from ..losses import (
@@ -101,7 +100,7 @@ class CrossKD(DistillMethod):
         teacher = require_teacher(teacher, "CrossKD")
         _check_values(node)
         _check_pair(student, teacher.staged)
-        require_same_classes(student, teacher, dataset_classes(cfg), "CrossKD")
+        require_same_classes(student, teacher, "CrossKD")
         if node.CENTERNESS_WEIGHT:
             _check_centerness(student, teacher.staged)
         weights = {

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.modeling.roi_heads import StandardROIHeads
 
-from ..data.classes import dataset_classes
 from ..detectors.regions import StagedRegions
 from ..detectors.stock import RCNNRun, StagedRCNN
 from ..errors import UserError
@@ -48,7 +47,7 @@ class CrossKDRoI(DistillMethod):
         node = cfg.MODEL.DISTILL.CROSSKD_ROI
         teacher = require_teacher(teacher, "CrossKDRoI")
         _require_standard_heads(student, teacher.staged)
-        require_same_classes(student, teacher, dataset_classes(cfg), "CrossKDRoI")
+        require_same_classes(student, teacher, "CrossKDRoI")
         if node.TEMPERATURE <= 0:
             raise UserError(f"MODEL.DISTILL.CROSSKD_ROI.TEMPERATURE is {node.TEMPERATURE}; it must be above 0.")
         return {

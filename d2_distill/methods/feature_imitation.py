@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.classes import dataset_classes
 from ..errors import UserError
 from ..schedules import build_schedule
 from ..staged import Run, StagedDense, StagedDetector
@@ -145,7 +144,7 @@ def _build_region(cfg, student: StagedDetector, teacher: Teacher) -> Optional[Im
     if anchors is general_instances:
         method = f"FeatureImitation of REGION {name!r}"
         require_same_outputs(student, teacher.staged, method)
-        require_same_classes(student, teacher, dataset_classes(cfg), method)
+        require_same_classes(student, teacher, method)
         anchors = partial(general_instances, per_image=node.GI_PER_IMAGE)
     return ImitationRegion(anchors, node.BACKGROUND_WEIGHT if name == "decouple" else 0.0)
 

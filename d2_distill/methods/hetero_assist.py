@@ -7,7 +7,6 @@ from typing import Any, Dict, Optional, Type
 import torch
 from detectron2.utils.events import get_event_storage
 
-from ..data.classes import dataset_classes
 from ..detectors.stock import StagedRCNN
 from ..errors import UserError
 from ..schedules import build_schedule
@@ -53,7 +52,7 @@ class HEAD(DistillMethod):
             teacher = require_teacher(teacher, "HEAD with AKD_WEIGHT, CKD_WEIGHT or ASSISTANT_INIT 'teacher'")
         setting = _choose(student, teacher)
         if node.ASSISTANT_INIT == "teacher":
-            require_same_classes(student, teacher, dataset_classes(cfg), "HEAD with ASSISTANT_INIT 'teacher'")
+            require_same_classes(student, teacher, "HEAD with ASSISTANT_INIT 'teacher'")
         return {
             "setting": setting.build(cfg, student, teacher),
             "weights": {

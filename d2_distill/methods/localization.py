@@ -9,7 +9,6 @@ import torch
 from detectron2.structures import Boxes
 
 from ..assigners import atss_thresholds
-from ..data.classes import dataset_classes
 from ..errors import UserError
 from ..losses import kd_kl_div_loss
 from ..regions import VALUABLE_OVERLAPS, inside_boxes, valuable_region
@@ -99,7 +98,7 @@ class LD(DistillMethod):
         teacher = require_teacher(teacher, "LD")
         _check_pair(student, teacher.staged, on_boxes=bool(node.MAIN_LD.WEIGHT or node.VLR_LD.WEIGHT))
         if node.MAIN_KD.WEIGHT or node.VLR_KD.WEIGHT:
-            require_same_classes(student, teacher, dataset_classes(cfg), "LD's MAIN_KD or VLR_KD")
+            require_same_classes(student, teacher, "LD's MAIN_KD or VLR_KD")
         for name, value, choices in (
             ("SOFTMAX", node.SOFTMAX, ("edge", "anchor")),
             ("VLR.REGION", node.VLR.REGION, ("auto", "overlap", "inside_box")),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import List, Optional, Sequence
 
+from ..class_mapping import KEY as ALIASES
 from ..errors import UserError
 from ..staged import StagedDense, StagedDetector
 from ..teacher import Teacher
@@ -104,21 +104,20 @@ def require_same_outputs(student: StagedDense, teacher: StagedDense, method: str
         )
 
 
-def require_same_classes(
-    student: StagedDetector, teacher: Teacher, student_classes: Sequence[str], method: str
-) -> None:
-    """Class k means the same on both sides."""
+def require_same_classes(student: StagedDetector, teacher: Teacher, method: str) -> None:
+    """Class k means the same on both sides, as far as their names are known."""
+    if teacher.lacks:
+        raise UserError(
+            f"{method} compares class scores, but the teacher does not know {len(teacher.lacks)} of the student's "
+            f"classes: {', '.join(teacher.lacks)}; name them in {ALIASES} if it has them under other names, or train "
+            "the teacher on them, or use PKD or FeatureImitation of REGION 'whole', which need none, or HEAD with "
+            "ASSISTANT_INIT 'fresh'."
+        )
     ours, theirs = student.num_classes, teacher.staged.num_classes
     if ours != theirs:
         raise UserError(
             f"{method} compares class scores, but the student has {ours} classes and the teacher {theirs}; "
-            "train the teacher on the student's classes, or use PKD or FeatureImitation of REGION 'whole', which "
-            "need none."
-        )
-    if student_classes and teacher.classes and list(student_classes) != list(teacher.classes):
-        pairs = enumerate(zip_longest(student_classes, teacher.classes))
-        index, (mine, other) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
-        raise UserError(
-            f"{method} compares class scores, but class {index} is {mine!r} in the student's data set and "
-            f"{other!r} in the teacher's; bring both annotation files to the same class order."
+            "name the classes of both in DATASETS.CLASSES (the teacher's such as by MODEL.DISTILL.TEACHER.OPTS), so "
+            "that they can be matched, or train the teacher on the student's classes, or use PKD or "
+            "FeatureImitation of REGION 'whole', which need none."
         )
