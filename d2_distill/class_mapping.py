@@ -106,7 +106,7 @@ def _parse(aliases: Sequence[str], student: Sequence[str], teacher: Sequence[str
         for side, name, names in (("student", ours, student), ("teacher", theirs, teacher)):
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=3)
-                known = f"did you mean {' or '.join(close)}?" if close else f"it knows {_listed(names)}."
+                known = f"did you mean {' or '.join(close)}?" if close else f"it knows {listed(names)}."
                 raise UserError(f"{KEY} has {entry!r}, but the {side} has no class {name!r}; {known}")
         named[ours] = theirs
     return named
@@ -116,5 +116,6 @@ def _fold(name: str) -> str:
     return "".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
-def _listed(names: Sequence[str], limit: int = 10) -> str:
+def listed(names: Sequence[str], limit: int = 10) -> str:
+    """The first of many names."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -207,8 +207,8 @@ def _from_zoo(function: str, name: str) -> str:
         from detectron2 import model_zoo
     except ImportError:
         raise UserError(
-            f"MODEL.DISTILL.TEACHER.CONFIG_FILE: there is no file {name}; give a path relative to the working directory. "
-            "Names of Detectron2's model zoo need the real Detectron2, and this is the embedded one "
+            f"MODEL.DISTILL.TEACHER.CONFIG_FILE: there is no file {name}; give a path from the working directory; "
+            "names of Detectron2's model zoo need the real Detectron2, and this is the embedded one "
             "(docs/embedded_detectron2.md)."
         ) from None
     try:
@@ -221,6 +221,6 @@ def _from_zoo(function: str, name: str) -> str:
             "name one."
         )
     raise UserError(
-        f"MODEL.DISTILL.TEACHER.CONFIG_FILE: there is no file {name}, nor has Detectron2's model zoo this config; give a "
+        f"MODEL.DISTILL.TEACHER.CONFIG_FILE: there is no file {name}, nor has the model zoo this config; give a "
         "path relative to the working directory, or a name such as COCO-Detection/retinanet_R_50_FPN_3x.yaml."
     )

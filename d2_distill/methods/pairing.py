@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import List, Optional, Sequence
 
-from ..class_mapping import KEY as ALIASES
+from .. import class_mapping
 from ..errors import UserError
 from ..staged import StagedDense, StagedDetector
 from ..teacher import Teacher
@@ -109,9 +109,9 @@ def require_same_classes(student: StagedDetector, teacher: Teacher, method: str)
     if teacher.lacks:
         raise UserError(
             f"{method} compares class scores, but the teacher does not know {len(teacher.lacks)} of the student's "
-            f"classes: {', '.join(teacher.lacks)}; name them in {ALIASES} if it has them under other names, or train "
-            "the teacher on them, or use PKD or FeatureImitation of REGION 'whole', which need none, or HEAD with "
-            "ASSISTANT_INIT 'fresh'."
+            f"classes, {', '.join(map(repr, teacher.lacks))} (its own are {class_mapping.listed(teacher.classes)}); "
+            f"name them in {class_mapping.KEY} if it has them under other names, train the teacher on them, or use "
+            "PKD, FeatureImitation of REGION 'whole' or HEAD with ASSISTANT_INIT 'fresh', which need none in common."
         )
     ours, theirs = student.num_classes, teacher.staged.num_classes
     if ours != theirs:
