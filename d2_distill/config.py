@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator, Sequence
+import os
+from typing import Iterator, List, Sequence, Tuple
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
@@ -39,6 +40,15 @@ def read_config(config_file: str, opts: Sequence, *, source: str) -> CN:
             cfg.merge_from_file(config_file)
         cfg.merge_from_list(list(opts))
     return cfg
+
+
+def split_overrides(values: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """``["a.jpg", "MODEL.WEIGHTS", "w.pth"]`` to files, and config keys with their values, which argparse mixes up."""
+    nodes = get_distill_cfg()
+    for index, value in enumerate(values):
+        if value.split(".")[0] in nodes and not os.path.exists(value):
+            return list(values[:index]), list(values[index:])
+    return list(values), []
 
 
 @contextlib.contextmanager

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import List, Sequence
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from detectron2.structures import Instances
 from torch import nn
 
 from .data.classes import dataset_classes
-from .data.registration import register_datasets
 from .engine.evaluate import load_student
 from .errors import UserError
 
@@ -62,7 +60,7 @@ class Predictor:
             load_student(cfg, weights_key=weights_key),
             resize=detection_utils.build_augmentation(cfg, is_train=False),
             input_format=cfg.INPUT.FORMAT,
-            class_names=known_classes(cfg),
+            class_names=dataset_classes(cfg),
         )
 
     def __call__(self, image: np.ndarray) -> Instances:
@@ -81,10 +79,3 @@ class Predictor:
         with torch.no_grad():
             [output] = self.model([{"image": tensor, "height": height, "width": width}])
         return output["instances"].to("cpu")
-
-
-def known_classes(cfg: CfgNode) -> List[str]:
-    """Class names of a config, whose data sets need not be here; empty if unknown."""
-    with contextlib.suppress(UserError):
-        register_datasets(cfg)
-    return dataset_classes(cfg)

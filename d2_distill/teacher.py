@@ -118,7 +118,7 @@ class Teacher:
         if normalises_alike and all(side % divisibility == 0 for side in student_images.tensor.shape[-2:]):
             images = student_images
         else:
-            images = self.staged.preprocess(self._in_own_format(batched_inputs, student_format))
+            images = self.staged.preprocess(self.in_own_format(batched_inputs, student_format))
         return self.staged.run(images, gt_instances, taps=taps, frozen=True)
 
     def normalises_like(self, student: nn.Module, student_format: str) -> bool:
@@ -129,7 +129,8 @@ class Teacher:
             and torch.equal(self.model.pixel_std.cpu(), student.pixel_std.cpu())
         )
 
-    def _in_own_format(self, batched_inputs, student_format: str):
+    def in_own_format(self, batched_inputs, student_format: str):
+        """The student's dataset dicts with the teacher's channel order."""
         if self.input_format == student_format:
             return batched_inputs
         # "BGR" and "RGB" are each other's flip; teacher_config admits no other pair.

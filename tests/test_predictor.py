@@ -10,9 +10,8 @@ from PIL import Image
 
 from d2_distill.data.mapper import CheckedDatasetMapper
 from d2_distill.errors import UserError
-from d2_distill.predictor import Predictor, known_classes
+from d2_distill.predictor import Predictor
 
-from .data.small_sets import CLASSES, write_coco
 from .small_detectors import build, detector_cfg, distiller_cfg, save_teacher
 
 
@@ -57,14 +56,11 @@ def test_a_distillation_gives_its_student_without_building_a_teacher(tmp_path):
     assert type(predictor.model).__name__ == "RetinaNet" and not predictor.model.training
 
 
-def test_class_names_are_those_of_the_data_set_or_unknown(tmp_path):
-    cfg = small(detector_cfg("RetinaNet"))
-    assert known_classes(cfg) == []
-    row = write_coco(tmp_path / "predictor")
-    cfg.DATASETS.COCO, cfg.DATASETS.TRAIN = (row,), (row[0],)
-    assert known_classes(cfg) == list(CLASSES)
-    cfg.DATASETS.COCO, cfg.DATASETS.TRAIN = (("gone", "gone.json", "gone"),), ("gone",)
-    assert known_classes(cfg) == []
+def test_class_names_are_those_of_the_config(tmp_path):
+    cfg = saved(tmp_path, small(detector_cfg("RetinaNet")))
+    assert Predictor.from_config(cfg).class_names == []
+    cfg.DATASETS.CLASSES = ("cat", "dog", "cow")
+    assert Predictor.from_config(cfg).class_names == ["cat", "dog", "cow"]
 
 
 def test_what_cannot_be_used_is_refused(tmp_path):

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
 import numpy as np
-from d2_distill.config import get_distill_cfg
+from d2_distill.config import split_overrides
 from d2_distill.engine.setup import load_config
 from d2_distill.errors import UserError
 from d2_distill.predictor import Predictor
@@ -364,15 +364,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _without_opts(values: List[str]) -> Tuple[List[str], List[str]]:
-    """``a.jpg MODEL.WEIGHTS w.pth`` to inputs and config keys with values, which argparse cannot tell apart."""
-    nodes = get_distill_cfg()
-    for index, value in enumerate(values):
-        if value.split(".")[0] in nodes and not os.path.exists(value):
-            return values[:index], values[index:]
-    return values, []
-
-
 def parse_args() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -396,7 +387,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-frames", type=_positive, metavar="N", help="of a video or camera, take N frames at most")
     parser.add_argument("opts", nargs="*", help="config keys and values")
     args = parser.parse_args()
-    args.input, opts = _without_opts(args.input)
+    args.input, opts = split_overrides(args.input)
     args.opts += opts
     if not args.input:
         parser.error("--input names nothing")

@@ -74,7 +74,7 @@ class FeatureImitation(DistillMethod):
         return {
             "pairs": pairs,
             "adapt": node.ADAPTER,
-            "region": _build_region(cfg, student, teacher),
+            "region": build_region(cfg, node.REGION, student, teacher),
             "weights": {"loss_imitation": node.WEIGHT},
             "schedule": build_schedule(node.SCHEDULE, f"{KEY}.SCHEDULE"),
         }
@@ -125,10 +125,15 @@ def _require_same_channels(pairs: List[FeaturePair]) -> None:
             )
 
 
-def _build_region(cfg, student: StagedDetector, teacher: Teacher) -> Optional[ImitationRegion]:
-    """The region that the config names, if this pair has it."""
+def build_region(
+    cfg, name: str, student: StagedDetector, teacher: Teacher
+) -> Optional[ImitationRegion]:
+    """A region by its name in ``MODEL.DISTILL.IMITATION.REGION``; None for "whole".
+
+    Raises:
+        UserError: there is no such region, or this pair does not have it.
+    """
     node = cfg.MODEL.DISTILL.IMITATION
-    name = node.REGION
     if name == WHOLE:
         return None
     if name not in REGIONS:

@@ -36,12 +36,13 @@ class ImitationRegion:
 
         They are 0 on levels without any cell in the region, and without any positive anchor.
         """
+        return {name: self._weights(*level) for name, level in self.cells(student, teacher).items()}
+
+    def cells(self, student: Run, teacher: Run) -> Dict[str, torch.Tensor]:
+        """The student's feature name -> (3, N, H * W) bool: cells in the region, that are no padding, with positives."""
         inside = self.anchors(student, teacher)
         valid, positive = _valid_and_positive(student, inside)
-        sizes = [feature.shape[-2:].numel() for feature in student.features.values()]
-        cells = torch.stack([inside & valid, valid, positive]).unflatten(-1, (sum(sizes), -1)).any(dim=-1)
-        levels = zip(student.features, cells.split(sizes, dim=-1))
-        return {name: self._weights(*level) for name, level in levels}
+        return cells_of(student, torch.stack([inside & valid, valid, positive]))
 
     def _weights(self, inside: torch.Tensor, valid: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
         weights = inside / inside.sum().clamp(min=1)
@@ -49,6 +50,13 @@ class ImitationRegion:
             outside = valid & ~inside
             weights = weights + self.background_weight * outside / outside.sum().clamp(min=1)
         return weights * (inside.any() & positive.any())
+
+
+def cells_of(student: Run, anchors: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """Values (..., R) of anchors -> the student's feature name -> (..., H * W), of a cell's anchors the largest."""
+    sizes = [feature.shape[-2:].numel() for feature in student.features.values()]
+    cells = anchors.unflatten(-1, (sum(sizes), -1)).amax(dim=-1)
+    return dict(zip(student.features, cells.split(sizes, dim=-1)))
 
 
 def _valid_and_positive(student: Run, like: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +104,7 @@ def general_instances(student: DenseRun, teacher: DenseRun, *, per_image: bool =
         per_image: 10 of each image. False: 10 of the batch, and boxes suppress those of other images.
     """
     sizes, valid = [len(boxes) for boxes in student.anchors], student.valid_anchors
-    predictions = [x for pair in zip(_scores_and_boxes(student), _scores_and_boxes(teacher)) for x in pair]
+    predictions = [x for pair in zip(scores_and_boxes(student), scores_and_boxes(teacher)) for x in pair]
     if valid is not None:
         # Without a difference in scores padding comes last.
         predictions[1] = predictions[1].where(valid[..., None], predictions[0])
@@ -110,7 +118,7 @@ def general_instances(student: DenseRun, teacher: DenseRun, *, per_image: bool =
     return torch.cat(masks, dim=1)
 
 
-def _scores_and_boxes(run: DenseRun) -> Tuple[torch.Tensor, torch.Tensor]:
+def scores_and_boxes(run: DenseRun) -> Tuple[torch.Tensor, torch.Tensor]:
     """Class probabilities (N, R, num_classes) and XYXY boxes (N, R, 4) in pixels, without gradient."""
     # Stages keep what the first access gives: it must not be one without gradient.
     outputs = {name: torch.cat(levels, dim=1) for name, levels in run.outputs.items()}

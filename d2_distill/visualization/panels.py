@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 from ..errors import UserError
+
+
+def blank_figure(*, width: float, height: float, layout: Optional[str] = None):
+    """A matplotlib figure without panels.
+
+    Args:
+        width, height: in inches.
+        layout: matplotlib's layout engine; None for panels that are placed by hand.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("Pictures are drawn with matplotlib; run `pip install matplotlib`.") from None
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def new_figure(rows: int, columns: int, *, width: float, height: float):
@@ -14,9 +33,5 @@ def new_figure(rows: int, columns: int, *, width: float, height: float):
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("Pictures are drawn with matplotlib; run `pip install matplotlib`.") from None
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = blank_figure(width=width * columns, height=height * rows, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
