@@ -94,6 +94,10 @@ def plot_classes(groups: Sequence[Group], test_set: str, order: Sequence[str] = 
     height = 0.6 + in_a_panel * (0.16 * len(groups) + 0.14)
     figure, panels = new_figure(1, columns, width=max(6.0 / columns, 4.0), height=height)
     thickness = 0.8 / len(groups)
+    highest = max((
+        value.mean + (value.deviation or 0) for each in found for name, value in each.items()
+        if name.startswith(CLASS_PREFIX) and not math.isnan(value.mean)
+    ), default=0)
     for number, panel in enumerate(panels.flat):
         shown = names[number * in_a_panel : (number + 1) * in_a_panel]
         for index, each in enumerate(found):
@@ -106,7 +110,7 @@ def plot_classes(groups: Sequence[Group], test_set: str, order: Sequence[str] = 
             )
         panel.set_yticks(range(len(shown)), shown)
         panel.set_ylim(in_a_panel - 0.5, -0.5)  # from the top down
-        panel.set_xlim(left=0)
+        panel.set_xlim(0, 1.05 * max(highest, 1))
     return _finish(figure, panels, groups, xlabel=f"AP on {test_set}", bars=True)
 
 

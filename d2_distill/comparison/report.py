@@ -32,7 +32,7 @@ PICTURES = {
     "classes.png": "AP of each class; lines are one standard deviation over seeds",
     "detections.png": "Detections",
 }
-CLASSES_ON_SCREEN = 20
+ROWS_ON_SCREEN = 20
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,10 @@ def write(comparison: Comparison, output: Path, *, progress: Callable[[str], Non
 
 def screen(comparison: Comparison) -> str:
     """The tables as text."""
-    parts = [table.text() for table in comparison.sections() if len(table.rows) <= CLASSES_ON_SCREEN]
+    parts = [
+        table.text() if len(table.rows) <= ROWS_ON_SCREEN else f"({len(table.rows)} classes: see {PAGE})"
+        for table in comparison.sections()
+    ]
     return "\n\n".join([f"On {comparison.test_set}:", *parts])
 
 

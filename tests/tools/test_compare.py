@@ -16,6 +16,7 @@ from d2_distill.comparison.report import compare as compare_runs
 from d2_distill.comparison.runs import read_run
 
 from ..comparison.small_runs import METRICS, write_data, write_run
+from ..data.small_sets import write_voc
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import compare  # noqa: E402
@@ -81,6 +82,19 @@ def test_table_files_and_pictures(runs, tmp_path, capsys):
     for name in files[2:]:
         pixels = np.asarray(Image.open(tmp_path / "out" / name).convert("RGB"))
         assert pixels.shape[0] > 200 and pixels.shape[1] > 400 and pixels.std() > 5
+
+
+def test_pascal_voc_runs_and_a_model_that_finds_nothing(tmp_path, capsys):
+    row = write_voc(tmp_path / "compared_by_voc_rules")
+    data = {"VOC": (row,), "TEST": (row[0],)}
+    found = {"AP": 12.0, "AP50": 30.0, "AP75": 8.0, "AP55": 25.0, "AP-cat": 12.0, "AP-dog": 12.0}
+    good = write_run(tmp_path / "good", data=data, metrics=found)
+    bad = write_run(tmp_path / "bad", data=data, seed=2, metrics=dict.fromkeys(found, float("nan")), FPN__OUT_CHANNELS=16)
+    printed = run(capsys, good, bad, "--baseline", "bad", "--images", 1, "--output", tmp_path / "out")
+    table = [[cell.strip() for cell in cells(line)] for line in printed.out.splitlines()]
+    assert ["class", "good", "bad"] in table and ["cat", "12.0", "nan"] in table
+    assert "APs" not in printed.out and "AP55" not in printed.out and "note" not in printed.err
+    assert (tmp_path / "out" / "detections.png").is_file()
 
 
 def test_without_the_images_the_numbers_are_compared(tmp_path, capsys):
