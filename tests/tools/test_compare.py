@@ -89,7 +89,8 @@ def test_pascal_voc_runs_and_a_model_that_finds_nothing(tmp_path, capsys):
     data = {"VOC": (row,), "TEST": (row[0],)}
     found = {"AP": 12.0, "AP50": 30.0, "AP75": 8.0, "AP55": 25.0, "AP-cat": 12.0, "AP-dog": 12.0}
     good = write_run(tmp_path / "good", data=data, metrics=found)
-    bad = write_run(tmp_path / "bad", data=data, seed=2, metrics=dict.fromkeys(found, float("nan")), FPN__OUT_CHANNELS=16)
+    nothing = dict.fromkeys(found, float("nan"))
+    bad = write_run(tmp_path / "bad", data=data, seed=2, metrics=nothing, FPN__OUT_CHANNELS=16)
     printed = run(capsys, good, bad, "--baseline", "bad", "--images", 1, "--output", tmp_path / "out")
     table = [[cell.strip() for cell in cells(line)] for line in printed.out.splitlines()]
     assert ["class", "good", "bad"] in table and ["cat", "12.0", "nan"] in table
@@ -117,7 +118,8 @@ def test_without_matplotlib_there_are_no_plots(runs, tmp_path, capsys, monkeypat
     printed = run(capsys, runs / "teacher", "--no-speed", "--images", 1, "--output", tmp_path)
     assert "note: Left out: plots. Pictures are drawn with matplotlib; run `pip install matplotlib`." in printed.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.csv", "comparison.md", "detections.png"]
-    assert "images/s" not in printed.out and "Left out: plots" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert "images/s" not in printed.out
+    assert "Left out: plots" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
 
 
 def test_files_are_replaced_together_or_not_at_all(runs, tmp_path):
@@ -138,7 +140,7 @@ def test_mistakes_are_one_sentence(runs, tmp_path, capsys):
             compare.main(["--output", str(tmp_path / "out"), *map(str, arguments)])
         return str(stop.value.code)
 
-    assert refused(tmp_path / "none").startswith(f"error: {tmp_path / 'none'} has no config.yaml, so it is no output folder")
+    assert refused(tmp_path / "none").startswith(f"error: {tmp_path / 'none'} has no config.yaml, so it is no output")
     assert "student has no model_final.pth as its last checkpoint" in refused(runs / "student")
     assert refused(runs / "teacher", "--baseline", "plain") == (
         "error: --baseline plain is none of the compared models, teacher."
