@@ -15,10 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
 import torch
 from d2_distill.config import read_config
-from d2_distill.conversion import require_new_file, save_converted
+from d2_distill.conversion import read_tensors, require_new_file, save_converted
 from d2_distill.errors import UserError
 from d2_distill.msad_checkpoints import convert
-from d2_distill.openmmlab import read_tensors
 from d2_distill.student import build_student
 
 EXAMPLE = """

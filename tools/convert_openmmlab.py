@@ -15,10 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
-from d2_distill.conversion import require_new_file, save_converted
+from d2_distill.conversion import require_new_file, require_pairs, save_detector
 from d2_distill.errors import UserError
 from d2_distill.openmmlab import STYLES, convert, read_checkpoint
-from d2_distill.student import build_student
 
 EXAMPLE = """
 Examples:
@@ -32,25 +31,10 @@ and then, in the config of the student:
 
 def run(args: argparse.Namespace) -> None:
     require_new_file(args.output)
-    if len(args.opts) % 2:
-        raise UserError(f"KEY VALUE: {' '.join(args.opts)} is an odd number of words; give each key a value.")
+    require_pairs(args.opts)
     checkpoint = read_checkpoint(args.input)
     conversion = convert(checkpoint, style=args.style, opts=args.opts, source=args.input)
-
-    cfg = conversion.cfg.clone()
-    cfg.MODEL.DEVICE = "cpu"
-    try:
-        model = build_student(cfg)
-    except NotImplementedError as error:  # the embedded Detectron2's, for what it leaves out
-        raise UserError(f"{args.input} cannot be converted here: {error}") from error
-    # Frozen batch norms do not count their batches; nothing reads these counters.
-    state = {
-        name: value
-        for name, value in conversion.state_dict.items()
-        if name in model.state_dict() or not name.endswith(".num_batches_tracked")
-    }
-    key = f"{args.input} as {cfg.MODEL.META_ARCHITECTURE}"
-    save_converted(state, model, args.output, source=args.input, key=key)
+    save_detector(conversion, args.output, source=args.input)
     print(conversion.yaml(WEIGHTS=str(args.output)), end="")
 
 

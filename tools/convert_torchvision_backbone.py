@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import functools
 import pickle
-import re
 import sys
 from pathlib import Path
 from typing import Dict, FrozenSet, Iterable, Sequence, Tuple
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 import numpy as np
 import torch
 import torchvision
+from d2_distill.conversion import Tensors, resnet_rules
 from d2_distill.errors import UserError
 
 EXAMPLE = """
@@ -34,30 +34,26 @@ build_swin_fpn_backbone (MODEL.SWIN.IMPLEMENTATION torchvision). For weights in 
 elsewhere, set means, FORMAT and MODEL.MOBILENETV2.SAME_PADDING as there.
 """
 
-# Models of torchvision -> how Detectron2's names, or the project's, are made from theirs. What is left over (the
+# Models of torchvision -> how Detectron2's names, or the project's, are made from theirs. What no rule fits (the
 # classifier) gets a name that no detector has.
-_RESNET = ((r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}."),
-           (r"^(?!res\d\.)", "stem."),
-           (r"bn(\d)\.", r"conv\1.norm."),
-           (r"downsample\.0\.", "shortcut."),
-           (r"downsample\.1\.", "shortcut.norm."))
-RENAMES = {
-    ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"): _RESNET,
-    ("mobilenet_v2",): (),
-    ("swin_t", "swin_s"): ((r"^(norm|head)\.", r"classifier.\1."),),  # swin_b has swin_s's names
+_SAME_NAMES = ((r"(features\..+)", r"\1"),)
+RULES = {
+    ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"): tuple(resnet_rules("", "")),
+    ("mobilenet_v2",): _SAME_NAMES,
+    ("swin_t", "swin_s"): _SAME_NAMES,  # swin_b has swin_s's names
 }
 # Batch norms' counters, which older checkpoints lack.
 _OPTIONAL = "num_batches_tracked"
 
 
 def identify(state_dict: Dict[str, torch.Tensor], source: str) -> Sequence[Tuple]:
-    """The renames of the architecture whose names are those of the state dict.
+    """The rules of the architecture whose names are those of the state dict.
 
     Raises:
         UserError: there is none; the message names ``source``, and what differs from the most similar one.
     """
     names = _required(state_dict)
-    models = {model: renames for models, renames in RENAMES.items() for model in models}
+    models = {model: rules for models, rules in RULES.items() for model in models}
     model = min(models, key=lambda model: len(_names(model) ^ names))
     differences = {"lacks": _names(model) - names, "has the unknown": names - _names(model)}
     found = [f"{what} {', '.join(sorted(which)[:3])}" for what, which in differences.items() if which]
@@ -87,12 +83,10 @@ def convert(state_dict: Dict[str, torch.Tensor], source: str = "The checkpoint")
     Raises:
         UserError: see :func:`identify`.
     """
-    model = {}
-    renames = identify(state_dict, source)
-    for name, value in state_dict.items():
-        for pattern, new in renames:
-            name = re.sub(pattern, new, name)
-        model[name] = value.detach().numpy()
+    tensors = Tensors(state_dict, source)
+    model = tensors.take(identify(state_dict, source))
+    model.update((f"classifier.{name}", value) for name, value in tensors.left.items())
+    model = {name: value.detach().numpy() for name, value in model.items()}
     return {"model": model, "__author__": "torchvision", "matching_heuristics": True}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from ..conversion import Conversion, Tensors
 from .backbones import pyramid
-from .conversion import Conversion, convert
+from .conversion import convert
 from .heads import dense_head
-from .reading import Checkpoint, read_checkpoint, read_tensors
-from .tensors import Tensors
+from .reading import Checkpoint, read_checkpoint
 from .training_config import STYLES
 
 __all__ = [
@@ -18,5 +18,4 @@ __all__ = [
     "dense_head",
     "pyramid",
     "read_checkpoint",
-    "read_tensors",
 ]

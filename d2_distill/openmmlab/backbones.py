@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Iterator, Tuple
 
 import torch
 
-from ..errors import UserError
-from .tensors import Converted, Tensors
+from .. import conversion
+from ..conversion import Converted, Tensors
 
-# (blocks of each stage, whether they are bottlenecks) -> depth
-_DEPTHS = {
-    ((2, 2, 2, 2), False): 18,
-    ((3, 4, 6, 3), False): 34,
-    ((3, 4, 6, 3), True): 50,
-    ((3, 4, 23, 3), True): 101,
-    ((3, 8, 36, 3), True): 152,
-}
 _OURS = "backbone.bottom_up."
 
 
@@ -26,60 +18,8 @@ def is_swin(tensors: Tensors) -> bool:
 
 
 def resnet(tensors: Tensors, *, two_stage: bool) -> Converted:
-    """Take a ResNet or ResNeXt ``backbone.*``, with deformable convolutions or not.
-
-    Raises:
-        UserError: it has blocks of no ResNet that Detectron2 builds.
-    """
-    settings = {
-        "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone" if two_stage else "build_p3p7_resnet_fpn_backbone",
-        "MODEL.RESNETS.OUT_FEATURES": _stages(two_stage),
-        **_resnet_settings(tensors),
-    }
-    return tensors.take(_resnet_rules()), settings
-
-
-def _stages(two_stage: bool) -> List[str]:
-    """What the pyramid stands on."""
-    return [f"res{level}" for level in range(2 if two_stage else 3, 6)]
-
-
-def _resnet_rules() -> Iterator[Tuple[str, str]]:
-    yield r"backbone\.conv1\.weight", _OURS + "stem.conv1.weight"
-    yield r"backbone\.bn1\.(\w+)", _OURS + r"stem.conv1.norm.\1"
-    for stage in range(1, 5):
-        theirs, ours = rf"backbone\.layer{stage}\.(\d+)\.", _OURS + rf"res{stage + 1}.\1."
-        yield theirs + r"conv(\d)\.weight", ours + r"conv\2.weight"
-        yield theirs + r"bn(\d)\.(\w+)", ours + r"conv\2.norm.\3"
-        yield theirs + r"conv2\.conv_offset\.(\w+)", ours + r"conv2_offset.\2"
-        yield theirs + r"downsample\.0\.weight", ours + "shortcut.weight"
-        yield theirs + r"downsample\.1\.(\w+)", ours + r"shortcut.norm.\2"
-
-
-def _resnet_settings(tensors: Tensors) -> Dict[str, Any]:
-    stages = [rf"backbone\.layer{stage}\." for stage in range(1, 5)]
-    blocks = tuple(len(tensors.names(stage + r"\d+\.conv1\.weight")) for stage in stages)
-    bottleneck = bool(tensors.names(stages[0] + r"0\.conv3\.weight"))
-    if (blocks, bottleneck) not in _DEPTHS:
-        raise UserError(
-            f"{tensors.source} has a backbone with {blocks} {'bottleneck' if bottleneck else 'basic'} "
-            "blocks in layer1 to layer4; only ResNet-18, -34, -50, -101 and -152 and Swin can be converted."
-        )
-    settings: Dict[str, Any] = {"MODEL.RESNETS.DEPTH": _DEPTHS[blocks, bottleneck]}
-    width, in_channels = tensors.shape(stages[0] + r"0\.conv2\.weight")[:2]
-    if not bottleneck:
-        settings["MODEL.RESNETS.RES2_OUT_CHANNELS"] = width
-    elif width != in_channels:  # ResNeXt
-        settings["MODEL.RESNETS.NUM_GROUPS"] = width // in_channels
-        settings["MODEL.RESNETS.WIDTH_PER_GROUP"] = in_channels
-    offsets = [stage + r"0\.conv2\.conv_offset\.bias" for stage in stages]
-    deformable = [bool(tensors.names(offset)) for offset in offsets]
-    if any(deformable):
-        settings["MODEL.RESNETS.DEFORM_ON_PER_STAGE"] = deformable
-        # x and y of 9 points; version 2 also has a factor of each
-        channels = tensors.shape(offsets[deformable.index(True)])[0]
-        settings["MODEL.RESNETS.DEFORM_MODULATED"] = channels == 3 * 9
-    return settings
+    """Take a ResNet or ResNeXt ``backbone.*``; raises as :func:`d2_distill.conversion.resnet`."""
+    return conversion.resnet(tensors, two_stage=two_stage, prefix=r"backbone\.")
 
 
 def swin(tensors: Tensors, *, two_stage: bool) -> Converted:
@@ -135,36 +75,8 @@ def _patches_outer(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def pyramid(tensors: Tensors, *, two_stage: bool) -> Converted:
-    """Take the FPN ``neck.*``: P2 to P5 of a two-stage detector (P6 is max-pooled), P3 to P7 of the others.
-
-    Raises:
-        UserError: it has other levels.
-    """
-    found = tuple(
-        len(tensors.names(rf"neck\.{convs}\.\d+\.conv\.weight"))
-        for convs in ("lateral_convs", "fpn_convs")
+    """Take the FPN ``neck.*``; raises as :func:`d2_distill.conversion.pyramid`."""
+    lateral, output = (rf"neck\.{convs}\.{{}}\.conv" for convs in ("lateral_convs", "fpn_convs"))
+    return conversion.pyramid(
+        tensors, two_stage=two_stage, lateral=lateral, output=output, top=(output.format(3), output.format(4))
     )
-    expected = (4, 4) if two_stage else (3, 5)
-    if found != expected:
-        raise UserError(
-            f"{tensors.source} has a pyramid with {found[0]} lateral and {found[1]} output convolutions; "
-            f"this detector can be converted with {expected[0]} and {expected[1]}."
-        )
-    stages = _stages(two_stage)
-    settings: Dict[str, Any] = {
-        "MODEL.FPN.IN_FEATURES": stages,
-        "MODEL.FPN.OUT_CHANNELS": tensors.shape(r"neck\.lateral_convs\.0\.conv\.weight")[0],
-        "MODEL.FPN.TOP_BLOCK": "MaxPool" if two_stage else "P6P7",
-    }
-    rules = []
-    for index, stage in enumerate(stages):
-        level = stage[len("res") :]
-        rules.append((rf"neck\.lateral_convs\.{index}\.conv\.(\w+)", rf"backbone.fpn_lateral{level}.\1"))
-        rules.append((rf"neck\.fpn_convs\.{index}\.conv\.(\w+)", rf"backbone.fpn_output{level}.\1"))
-    if not two_stage:
-        in_channels = tensors.shape(r"neck\.fpn_convs\.3\.conv\.weight")[1]
-        on_output = in_channels == settings["MODEL.FPN.OUT_CHANNELS"]
-        settings["MODEL.FPN.TOP_BLOCK_IN_FEATURE"] = "p5" if on_output else "res5"
-        rules.append((r"neck\.fpn_convs\.3\.conv\.(\w+)", r"backbone.top_block.p6.\1"))
-        rules.append((r"neck\.fpn_convs\.4\.conv\.(\w+)", r"backbone.top_block.p7.\1"))
-    return tensors.take(rules), settings

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence
 
-import torch
-import yaml
-from detectron2.config import CfgNode
-
-from ..config import read_config
+from ..conversion import Conversion, Tensors, merged
 from ..errors import UserError
 from .backbones import is_swin, pyramid, resnet, swin
 from .heads import dense_head, is_two_stage, two_stage_heads
 from .reading import Checkpoint
-from .tensors import Tensors
 from .training_config import STYLES, fcos_settings_of_text, settings_of_text
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """
-    Attributes:
-        state_dict: by our names.
-        cfg: config of the detector.
-        keys: of the config that were set.
-    """
-
-    state_dict: Dict[str, torch.Tensor]
-    cfg: CfgNode
-    keys: List[str]
-
-    def yaml(self, **more: Any) -> str:
-        """The keys as a config file, with further keys below MODEL."""
-        tree: Dict[str, Any] = {"VERSION": 2, "MODEL": more}
-        for key in self.keys:
-            *path, last = key.split(".")
-            node = functools.reduce(lambda node, part: node.setdefault(part, {}), path, tree)
-            node[last] = functools.reduce(getattr, key.split("."), self.cfg)
-        return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
 
 
 def convert(
@@ -67,16 +37,8 @@ def convert(
         (swin if is_swin(tensors) else resnet)(tensors, two_stage=two_stage),
         pyramid(tensors, two_stage=two_stage),
     ]
-    if tensors.left:
-        raise UserError(
-            f"{source} has {len(tensors.left)} tensors that no detector has that can be converted "
-            f"({', '.join(sorted(tensors.left))}); remove them if the detector works without."
-        )
-    state_dict: Dict[str, torch.Tensor] = {}
-    settings: Dict[str, Any] = {}
-    for part_tensors, part_settings in parts:
-        state_dict.update(part_tensors)
-        settings.update(part_settings)
+    tensors.require_none_left()
+    state_dict, settings = merged(parts)
     settings.update(_training_settings(checkpoint.config_text, style, settings))
     undecided = [key for key in _required(settings) if key not in (*settings, *opts[::2])]
     if undecided:
@@ -84,9 +46,7 @@ def convert(
             f"{source} does not tell {', '.join(undecided)}; append them to the command as KEY VALUE, "
             "those of pixels and strides also by --style."
         )
-    flat = [item for pair in settings.items() for item in pair]
-    cfg = read_config("", [*flat, *opts], source=f"The config of {source} with the command line's KEY VALUE")
-    return Conversion(state_dict, cfg, list(dict.fromkeys([*settings, *opts[::2]])))
+    return Conversion.of((state_dict, settings), opts=opts, source=source)
 
 
 def _training_settings(text: str, style: Optional[str], settings: Dict[str, Any]) -> Dict[str, Any]:

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, Tuple
 
+from ..conversion import Converted, Tensors, faster_rcnn_settings
 from ..detectors.anchor_order import to_size_outer
 from ..errors import UserError
-from .tensors import Converted, Tensors
 
 # Of RetinaNet: sizes 4 * stride * 2^(octave / 3), ratios 1/2, 1, 2.
 NUM_SIZES = NUM_RATIOS = 3
@@ -174,22 +174,14 @@ def two_stage_heads(tensors: Tensors) -> Converted:
     channels = tensors.shape(r"rpn_head\.rpn_conv\.weight")[1]
     num_classes = tensors.shape(r"roi_head\.bbox_head\.fc_cls\.weight")[0] - 1
     box_outputs = tensors.shape(r"roi_head\.bbox_head\.fc_reg\.weight")[0]
-    levels = ["p2", "p3", "p4", "p5"]
     settings = {
-        "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
-        "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [512]],
-        "MODEL.RPN.IN_FEATURES": [*levels, "p6"],
-        "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 2000,
-        "MODEL.RPN.PRE_NMS_TOPK_TEST": 1000,
+        **faster_rcnn_settings(
+            num_classes=num_classes,
+            num_fc=len(tensors.names(r"roi_head\.bbox_head\.shared_fcs\.\d+\.weight")),
+            fc_dim=fc_dim,
+            resolution=math.isqrt(fc_inputs // channels),
+        ),
         "MODEL.RPN.POST_NMS_TOPK_TRAIN": 1000,
-        "MODEL.RPN.POST_NMS_TOPK_TEST": 1000,
-        "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
-        "MODEL.ROI_HEADS.IN_FEATURES": levels,
-        "MODEL.ROI_HEADS.NUM_CLASSES": num_classes,
-        "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
-        "MODEL.ROI_BOX_HEAD.NUM_FC": len(tensors.names(r"roi_head\.bbox_head\.shared_fcs\.\d+\.weight")),
-        "MODEL.ROI_BOX_HEAD.FC_DIM": fc_dim,
-        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": math.isqrt(fc_inputs // channels),
         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": box_outputs == 4 != 4 * num_classes,
     }
     return tensors.take(_TWO_STAGE_RULES), settings

@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any, Dict, List, Optional
 
+from ..conversion import TORCHVISION_STYLE
+
 # Of the backbone's ImageNet weights. "pytorch": torchvision's. "caffe": the stride is in the first 1x1
 # convolution, images are BGR, batch norms are frozen; Detectron and Detectron2 subtract other means.
 STYLES: Dict[str, Dict[str, Any]] = {
-    "pytorch": {
-        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-        "INPUT.FORMAT": "RGB",
-        "MODEL.RESNETS.STRIDE_IN_1X1": False,
-    },
+    "pytorch": TORCHVISION_STYLE,
     "caffe-detectron": {
         "MODEL.PIXEL_MEAN": [102.9801, 115.9465, 122.7717],
         "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],

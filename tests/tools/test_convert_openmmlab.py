@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Sequence
 
@@ -18,8 +19,6 @@ from torch import nn
 
 from d2_distill import provider
 from d2_distill.backbones import LinearP6P7
-from d2_distill.checkpoint import load_exactly
-from d2_distill.config import read_config
 from d2_distill.detectors.anchor_order import to_size_outer
 from d2_distill.errors import UserError
 from d2_distill.losses import align_statistics
@@ -27,11 +26,15 @@ from d2_distill.openmmlab import Checkpoint, Tensors, convert, pyramid, read_che
 from d2_distill.student import build_student
 
 from ..golden import cases
+from . import conversions
 from . import openmmlab_models as theirs
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import convert_openmmlab as tool  # noqa: E402
+
+run = partial(conversions.run, tool)
+convert_file = partial(conversions.convert_file, tool)
 
 R18_CHANNELS, R50_CHANNELS, SWIN_CHANNELS = [64, 128, 256, 512], [256, 512, 1024, 2048], [32, 64, 128]
 FCOS = ["MODEL.FCOS.CENTER_SAMPLING_RADIUS", "0.0", "MODEL.FCOS.CENTERNESS_ON", "cls"]
@@ -53,21 +56,6 @@ def converted_model(state: theirs.State, opts: Sequence[str] = (), style: str = 
     missing, unexpected = model.load_state_dict(conversion.state_dict, strict=False)
     assert not missing and all(name.endswith("num_batches_tracked") for name in unexpected)
     return conversion.cfg, model
-
-
-def convert_file(folder: Path, capsys, checkpoint: dict, *arguments: str):
-    """The printed config, and its model with the written weights."""
-    torch.save(checkpoint, folder / "theirs.pth")
-    run([str(folder / "theirs.pth"), str(folder / "ours.pth"), *arguments])
-    (folder / "ours.yaml").write_text(capsys.readouterr().out)
-    cfg = read_config(str(folder / "ours.yaml"), ["MODEL.DEVICE", "cpu"], source="What was printed")
-    model = build_student(cfg).eval()
-    load_exactly(model, cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
-    return cfg, model
-
-
-def run(arguments: Sequence[str]) -> None:
-    tool.run(tool.parser().parse_intermixed_args(arguments))
 
 
 def assert_close(ours: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:

@@ -17,7 +17,7 @@ class Tensors:
     """Patterns are regular expressions for whole names.
 
     Args:
-        state_dict: by OpenMMLab's names.
+        state_dict: by their names.
         source: what error messages call it.
 
     Attributes:
@@ -54,3 +54,14 @@ class Tensors:
             for name in self.names(pattern):
                 taken[re.fullmatch(pattern, name).expand(template)] = self.left.pop(name)
         return taken
+
+    def require_none_left(self) -> None:
+        """
+        Raises:
+            UserError: nobody has taken some of them.
+        """
+        if self.left:
+            raise UserError(
+                f"{self.source} has {len(self.left)} tensors that no detector has that can be converted "
+                f"({', '.join(sorted(self.left))}); remove them if the detector works without."
+            )

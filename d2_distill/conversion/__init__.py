@@ -1,0 +1,26 @@
+"""What converters of checkpoints share: tensors by our names, the config that they belong to, and the file."""
+
+from __future__ import annotations
+
+from .files import require_new_file, require_pairs, save_converted, save_detector
+from .parts import TORCHVISION_STYLE, faster_rcnn_settings, pyramid, resnet, resnet_rules
+from .reading import read_tensors
+from .result import Conversion, merged
+from .tensors import Converted, Tensors
+
+__all__ = [
+    "TORCHVISION_STYLE",
+    "Conversion",
+    "Converted",
+    "Tensors",
+    "faster_rcnn_settings",
+    "merged",
+    "pyramid",
+    "read_tensors",
+    "require_new_file",
+    "require_pairs",
+    "resnet",
+    "resnet_rules",
+    "save_converted",
+    "save_detector",
+]
