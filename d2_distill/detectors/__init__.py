@@ -11,6 +11,7 @@ from .multi_scale import MultiScaleDetector, StagedMultiScale
 from .one_stage import OneStageDetector, StagedOneStage
 from .openmmlab_retinanet import OpenMMLabRetinaNet
 from .stock import StagedFCOS, StagedRCNN, StagedRetinaNet
+from .torchvision import TorchvisionAnchorGenerator, TorchvisionFCOS, TorchvisionRetinaNet
 
 for _model_class in (ATSS, GFL, GFLv2, OpenMMLabFCOS, OpenMMLabRetinaNet):
     register_staged(_model_class)(StagedOneStage)
@@ -30,4 +31,7 @@ __all__ = [
     "StagedOneStage",
     "StagedRCNN",
     "StagedRetinaNet",
+    "TorchvisionAnchorGenerator",
+    "TorchvisionFCOS",
+    "TorchvisionRetinaNet",
 ]
