@@ -23,6 +23,7 @@ from d2_distill.comparison.groups import group_runs
 from d2_distill.comparison.report import Options, compare, require_folder, screen, write
 from d2_distill.comparison.runs import read_run
 from d2_distill.errors import UserError
+from d2_distill.progress import Progress
 
 
 def named_folder(text: str) -> Tuple[str, Path]:
@@ -70,21 +71,6 @@ def parse_args(arguments: Optional[List[str]]) -> argparse.Namespace:
         "--score-threshold", type=float, default=0.3, metavar="SCORE", help="of drawn detections (default: %(default)s)"
     )
     return parser.parse_args(arguments)
-
-
-class Progress:
-    """One line on the screen that the next one overwrites; in a log file the first of each kind."""
-
-    def __init__(self) -> None:
-        self._last = ""
-
-    def __call__(self, text: str) -> None:
-        kind = text.partition(":")[0]
-        if sys.stderr.isatty():
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-        elif kind and kind != self._last:
-            print(text, file=sys.stderr, flush=True)
-        self._last = kind
 
 
 def main(arguments: Optional[List[str]] = None) -> None:

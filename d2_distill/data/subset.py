@@ -1,0 +1,64 @@
+"""A part of a data set that is evaluated as if it were all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from typing import Any, Dict, Iterator, Sequence
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..comparison.measures import evenly_spread
+
+_ANNOTATIONS, _SPLITS = "Annotations", os.path.join("ImageSets", "Main")
+
+
+@contextlib.contextmanager
+def spread_subset(name: str, count: int) -> Iterator[str]:
+    """The name, while inside, of a data set of so many images of another, evenly spread; of all if there are fewer.
+
+    Evaluators read annotation files, so it gets some of its own, in a temporary folder.
+
+    Args:
+        name: registered, of a COCO annotation file or a Pascal VOC folder.
+    """
+    records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
+    chosen, subset = evenly_spread(records, count), f"{name}_spread_{count}"
+    with tempfile.TemporaryDirectory() as folder:
+        is_voc = metadata.get("evaluator_type", "coco") == "pascal_voc"
+        facts = {key: value for key, value in vars(metadata).items() if key != "name"}
+        facts.update((_voc_folder if is_voc else _coco_file)(chosen, facts, folder))
+        DatasetCatalog.register(subset, lambda: chosen)
+        MetadataCatalog.get(subset).set(**facts)
+        try:
+            yield subset
+        finally:
+            DatasetCatalog.remove(subset)
+            MetadataCatalog.remove(subset)
+
+
+def _coco_file(records: Sequence[Dict[str, Any]], facts: Dict[str, Any], folder: str) -> Dict[str, str]:
+    with open(facts["json_file"], encoding="utf-8") as file:
+        content = json.load(file)
+    ids = {record["image_id"] for record in records}
+    content["images"] = [row for row in content["images"] if row["id"] in ids]
+    content["annotations"] = [row for row in content["annotations"] if row["image_id"] in ids]
+    path = os.path.join(folder, "instances.json")
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+    return {"json_file": path}
+
+
+def _voc_folder(records: Sequence[Dict[str, Any]], facts: Dict[str, Any], folder: str) -> Dict[str, str]:
+    for name in (_ANNOTATIONS, _SPLITS):
+        os.makedirs(os.path.join(folder, name))
+    ids = [record["image_id"] for record in records]
+    for image_id in ids:
+        name = os.path.join(_ANNOTATIONS, f"{image_id}.xml")
+        shutil.copyfile(os.path.join(facts["dirname"], name), os.path.join(folder, name))
+    with open(os.path.join(folder, _SPLITS, f"{facts['split']}.txt"), "w", encoding="utf-8") as file:
+        file.write("\n".join(ids))
+    return {"dirname": folder}
