@@ -20,11 +20,11 @@ from d2_distill.torchvision_detectors import convert, read_state_dict
 
 EXAMPLE = """
 Examples, for a published detector and for one that was fine-tuned on classes of one's own:
-  python tools/convert_torchvision_detector.py retinanet_resnet50_fpn_v2_coco-5905b1c5.pth retinanet.pth > retinanet.yaml
+  python tools/convert_torchvision_detector.py fcos_resnet50_fpn_coco-99b0c9b7.pth fcos.pth > fcos.yaml
   python tools/convert_torchvision_detector.py mine.pth fasterrcnn.pth --classes "apple,pear" --frozen-bn-eps 0 \\
     INPUT.MIN_SIZE_TEST 640 > fasterrcnn.yaml
 and then, in the config of the student:
-  MODEL: {DISTILL: {TEACHER: {CONFIG_FILE: retinanet.yaml}}}
+  MODEL: {DISTILL: {TEACHER: {CONFIG_FILE: fcos.yaml}}}
 """
 
 

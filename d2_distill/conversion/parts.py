@@ -67,7 +67,7 @@ def _resnet_settings(tensors: Tensors, prefix: str) -> Dict[str, Any]:
     if (blocks, bottleneck) not in _DEPTHS:
         raise UserError(
             f"{tensors.source} has a backbone with {blocks} {'bottleneck' if bottleneck else 'basic'} "
-            "blocks in layer1 to layer4; only ResNet-18, -34, -50, -101 and -152 and Swin can be converted."
+            "blocks in layer1 to layer4; of ResNets, those of depth 18, 34, 50, 101 and 152 can be converted."
         )
     settings: Dict[str, Any] = {"MODEL.RESNETS.DEPTH": _DEPTHS[blocks, bottleneck]}
     width, in_channels = tensors.shape(stages[0] + r"0\.conv2\.weight")[:2]

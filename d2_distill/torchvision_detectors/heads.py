@@ -52,7 +52,7 @@ def _dense_head(
     if box_channels != 4 * num_anchors or logits % num_anchors:
         raise UserError(
             f"{tensors.source} has {logits} class and {box_channels} box channels, which are not of {num_anchors} "
-            f"anchors a cell; only torchvision's own anchors can be converted."
+            "anchors a cell; only torchvision's own anchors can be converted."
         )
     num_outputs = logits // num_anchors
     classes = kept_classes(num_outputs, names, source=tensors.source, softmax=False)

@@ -65,7 +65,8 @@ def diversify(model: nn.Module, num_outputs: int) -> nn.Module:
         unlabelled.remove(0)
         scores, anchors = model.roi_heads.box_predictor.cls_score, 1
     else:
-        scores, anchors = model.head.classification_head.cls_logits, model.anchor_generator.num_anchors_per_location()[0]
+        scores = model.head.classification_head.cls_logits
+        anchors = model.anchor_generator.num_anchors_per_location()[0]
         scores.weight.mul_(2)
         scores.bias.add_(1)
         if anchors == 1:  # FCOS: boxes with area
