@@ -10,11 +10,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import torch
 from detectron2.structures import Instances
 
-from ..checkpoint import load_exactly
 from ..data.mapper import CheckedDatasetMapper
+from ..engine.evaluate import load_student
 from ..evaluation.complexity import count_flops, count_parameters
 from ..evaluation.speed import seconds_in_turns
-from ..student import build_student
 from .runs import Run
 
 Record = Dict[str, Any]  # an image and its annotations, in Detectron2's standard form
@@ -46,9 +45,9 @@ class Detector:
         cfg = run.cfg.clone()
         cfg.defrost()
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = build_student(cfg)
-        load_exactly(self.model, str(run.checkpoint), key=f"The run {run.folder}")
-        self.model = self.model.to(memory_format=torch.channels_last).eval()
+        cfg.MODEL.WEIGHTS = str(run.checkpoint)
+        model = load_student(cfg, weights_key=f"The run {run.folder}")
+        self.model = model.to(memory_format=torch.channels_last).eval()
         self.read = CheckedDatasetMapper(cfg, is_train=False)
 
     def detect(self, record: Record, threshold: float) -> Instances:

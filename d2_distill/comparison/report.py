@@ -12,7 +12,6 @@ from typing import Callable, Dict, Iterator, List, Sequence
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..config import get_distill_cfg
 from ..data.checks import check_dataset
 from ..data.registration import register_datasets
 from ..errors import UserError
@@ -22,7 +21,7 @@ from .measures import (
     SPEED_IMAGES, SPEED_ROUNDS, Detector, Measures, Record, evenly_spread, images_per_second, measure_size,
 )
 from .pictures import IOU, draw_comparison, most_different
-from .runs import common_test_set, data_rows
+from .runs import common_test_set
 
 PAGE, NUMBERS = "comparison.md", "comparison.csv"
 PICTURES = {
@@ -152,10 +151,8 @@ def screen(comparison: Comparison) -> str:
 
 def _load_data(comparison: Comparison) -> None:
     """Register the test set alone, so that the training images need not be here."""
-    test_set, run_cfg = comparison.test_set, comparison.groups[0].first.cfg
-    cfg = get_distill_cfg()
-    cfg.DATASETS.COCO, cfg.DATASETS.VOC = (data_rows(run_cfg, test_set, key) for key in ("COCO", "VOC"))
-    register_datasets(cfg)
+    test_set = comparison.test_set
+    register_datasets(comparison.groups[0].first.cfg, names=(test_set,))
     check_dataset(test_set, key="DATASETS.TEST", strict=False)
     comparison.records = DatasetCatalog.get(test_set)
     comparison.class_names = list(MetadataCatalog.get(test_set).get("thing_classes", []))

@@ -132,11 +132,7 @@ def common_test_set(runs: List[Run], wanted: str = "") -> str:
     return test_set
 
 
-def data_rows(cfg: CfgNode, test_set: str, key: str) -> Tuple:
-    """The rows of ``DATASETS.COCO`` or ``DATASETS.VOC`` (``key``) that declare the data set; a builtin one has none."""
-    return tuple(tuple(row) for row in cfg.DATASETS[key] if row[0] == test_set)
-
-
 def _evaluation(run: Run, test_set: str) -> Tuple:
-    voc = data_rows(run.cfg, test_set, "VOC")
-    return data_rows(run.cfg, test_set, "COCO") + voc, run.cfg.TEST.VOC_CONVENTION if voc else ""
+    """The rows that declare the data set, none if it is builtin, and the rules of Pascal VOC where they count."""
+    coco, voc = ([row for row in run.cfg.DATASETS[key] if row[0] == test_set] for key in ("COCO", "VOC"))
+    return coco + voc, run.cfg.TEST.VOC_CONVENTION if voc else ""
