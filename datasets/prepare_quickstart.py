@@ -40,7 +40,7 @@ def main() -> None:
             seed=args.seed,
         )
     except UserError as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")
     print(f"Quick-start data: {folder}")
 
 
