@@ -30,6 +30,7 @@ PROGRAMS = [
 FENCE = re.compile(r"^```.*?^```", flags=re.MULTILINE | re.DOTALL)
 KEY = re.compile(r"(?<![\w.])(?:MODEL|SOLVER|DATASETS|DATALOADER|INPUT|TEST)(?:\.[A-Z0-9_]+)+(?!\w)")
 PATH = re.compile(r"(?<![\w./-])(?:configs|tools|docs|d2_distill|datasets|examples|tests)/[\w./*{},-]*[\w}*]")
+COMMAND = re.compile(r"python3? ((?:tools/|datasets/)?\w+\.py)((?:[^`\n\\]|\\\n)*)")
 # Made by the commands that name them.
 MADE = re.compile(r"configs/mine|datasets/(quickstart|bccd|coco|VOC)")
 
@@ -110,13 +111,34 @@ def test_paths(page):
             assert known or MADE.match(pattern), named
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_help_has_an_example(program, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [program, "--help"])
+@functools.lru_cache(maxsize=None)
+def help_of(program: str, *command: str) -> str:
+    """What a program, or a command of it, prints for --help."""
     spec = importlib.util.spec_from_file_location("__main__", ROOT / program)
-    module = importlib.util.module_from_spec(spec)
     text = io.StringIO()
-    with contextlib.redirect_stdout(text), pytest.raises(SystemExit) as stop:
-        spec.loader.exec_module(module)
+    arguments, sys.argv = sys.argv, [program, *command, "--help"]
+    try:
+        with contextlib.redirect_stdout(text), pytest.raises(SystemExit) as stop:
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    finally:
+        sys.argv = arguments
     assert not stop.value.code
-    assert re.search(rf"python {program} \S", text.getvalue())
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_has_an_example(program):
+    assert re.search(rf"python {program} \S", help_of(program))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands(page):
+    """Programs and their options."""
+    for program, rest in COMMAND.findall(PAGES[page]):
+        assert program in PROGRAMS, program
+        words = rest.replace("\\\n", " ").split()
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        usage = help_of(program).partition("\n\n")[0]  # "name {one,two}" or "name one|two" where it has commands
+        command = [word for word in words[:1] if re.search(rf"[{{|,\s]{re.escape(word)}[}}|,\s]", usage)]
+        known = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", help_of(program, *command)))
+        assert options <= known, (program, command, options - known)
