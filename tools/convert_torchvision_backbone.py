@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 import numpy as np
 import torch
 import torchvision
-from d2_distill.conversion import Tensors, resnet_rules
+from d2_distill.conversion import Tensors, read_tensors, resnet_rules
 from d2_distill.errors import UserError
 
 EXAMPLE = """
@@ -96,12 +96,7 @@ def load_state_dict(path: Path) -> Dict[str, torch.Tensor]:
     Raises:
         UserError: the file is missing, cannot be read, or is not a dict of tensors.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; download a checkpoint of torchvision first.")
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is not a file of tensors that torch can read; download it again.") from error
+    state_dict = read_tensors(str(path))
     if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
         raise UserError(f"{path} is not a state dict, which has a tensor for each name; save model.state_dict().")
     return state_dict
@@ -119,8 +114,12 @@ def main() -> None:
         raise UserError(f"{args.output} exists already; remove it or choose another name.")
     converted = convert(load_state_dict(args.input), source=str(args.input))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, "wb") as f:
-        pickle.dump(converted, f)
+    try:
+        with open(args.output, "wb") as f:
+            pickle.dump(converted, f)
+    except BaseException:
+        args.output.unlink(missing_ok=True)
+        raise
     values = sum(np.size(value) for value in converted["model"].values())
     print(f"Wrote {len(converted['model'])} tensors ({values / 1e6:.1f} M values) to {args.output}.")
 
@@ -129,4 +128,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")

@@ -164,6 +164,8 @@ def test_help_shows_an_example():
 def _bad_files(folder):
     text = folder / "text.pth"
     text.write_text("not a checkpoint")
+    word = folder / "word.pth"
+    word.write_text("junk\n")
     other = folder / "other.pth"
     torch.save({"features.0.weight": torch.zeros(1)}, other)
     changed = folder / "changed.pth"
@@ -175,9 +177,10 @@ def _bad_files(folder):
     code = folder / "code.pth"
     code.write_bytes(pickle.dumps(_bad_files))
     return [
-        ([folder / "absent.pth", folder / "out.pkl"], "absent.pth does not exist"),
-        ([text, folder / "out.pkl"], "text.pth is not a file of tensors"),
-        ([code, folder / "out.pkl"], "code.pth is not a file of tensors"),
+        ([folder / "absent.pth", folder / "out.pkl"], "there is no file .*absent.pth"),
+        ([text, folder / "out.pkl"], "text.pth cannot be read as a checkpoint"),
+        ([word, folder / "out.pkl"], "word.pth cannot be read as a checkpoint"),
+        ([code, folder / "out.pkl"], "code.pth cannot be read as a checkpoint"),
         ([other, folder / "out.pkl"], r"other.pth does not hold .* it lacks .* and has the unknown features.0.weight"),
         ([changed, folder / "out.pkl"],
          "similar, mobilenet_v2, it lacks features.17.conv.3.weight and has the unknown features.17.conv.3.scale"),
@@ -196,4 +199,4 @@ def test_bad_input_is_named_and_nothing_written(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("out.*"))
     assert (tmp_path / "taken.pkl").read_text() == "mine"
     result = _run(tmp_path / "absent.pth", tmp_path / "out.pkl")
-    assert result.returncode == 1 and "Traceback" not in result.stderr and "absent.pth" in result.stderr
+    assert result.returncode == 1 and "Traceback" not in result.stderr and "error: The checkpoint" in result.stderr
