@@ -139,6 +139,7 @@ def test_commands(page):
         words = rest.replace("\\\n", " ").split()
         options = {word.partition("=")[0] for word in words if word.startswith("--")}
         usage = help_of(program).partition("\n\n")[0]  # "name {one,two}" or "name one|two" where it has commands
-        command = [word for word in words[:1] if re.search(rf"[{{|,\s]{re.escape(word)}[}}|,\s]", usage)]
+        first = [word for word in words[:1] if not word.startswith("-")]
+        command = [word for word in first if re.search(rf"[{{|,\s]{re.escape(word)}[}}|,\s]", usage)]
         known = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", help_of(program, *command)))
         assert options <= known, (program, command, options - known)
