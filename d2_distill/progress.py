@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
+from typing import Optional, TextIO
+
+SECONDS_BETWEEN_REPORTS = 5.0
 
 
 class Progress:
@@ -21,3 +25,32 @@ class Progress:
         elif kind and kind != self._last:
             print(text, file=sys.stderr, flush=True)
         self._last = kind
+
+
+class StepProgress:
+    """Prints how many steps are done and how fast, some seconds apart.
+
+    Args:
+        what: of what, e.g. "images" or "frames of NAME".
+        total: None if unknown.
+        stream: default: the standard output.
+    """
+
+    def __init__(self, what: str, total: Optional[int], stream: Optional[TextIO] = None) -> None:
+        self.what = what
+        self.stream = stream
+        self.total = f" of {total}" if total else ""
+        self.done = 0
+        self._start = self._reported = time.monotonic()
+
+    def step(self) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if now - self._reported >= SECONDS_BETWEEN_REPORTS:
+            self._reported = now
+            self.report()
+
+    def report(self) -> None:
+        rate = self.done / max(time.monotonic() - self._start, 1e-9)
+        unit = self.what.split()[0]
+        print(f"{self.done}{self.total} {self.what}, {rate:.1f} {unit}/s", file=self.stream, flush=True)

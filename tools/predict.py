@@ -19,7 +19,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
@@ -34,10 +33,11 @@ from d2_distill.config import split_overrides
 from d2_distill.engine.setup import load_config
 from d2_distill.errors import UserError
 from d2_distill.predictor import Predictor
+from d2_distill.progress import StepProgress
 from d2_distill.student import DISTILLER
 from d2_distill.teacher import teacher_config
 from d2_distill.video import LiveRecording, VideoFile, VideoSource, Window, can_show
-from d2_distill.visualization import draw_detections, name_of, side_by_side
+from d2_distill.visualization import draw_detections, name_of, partial_path, side_by_side, write_picture
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
@@ -46,7 +46,6 @@ from PIL import Image
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
 PICTURE_SUFFIXES = {".jpeg", ".jpg", ".png"}  # of what is written; other images become .jpg
 CAMERA = re.compile(r"webcam:(\d+)")
-SECONDS_BETWEEN_REPORTS = 5.0
 JSON_FILE = "detections.jsonl"
 Row = Dict[str, Any]
 
@@ -185,33 +184,6 @@ class JsonLines:
             file.write("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-class Progress:
-    """Prints how far the work is, some seconds apart.
-
-    Args:
-        what: "images" or "frames of NAME".
-        total: None if unknown.
-    """
-
-    def __init__(self, what: str, total: Optional[int]) -> None:
-        self.what = what
-        self.total = f" of {total}" if total else ""
-        self.done = 0
-        self._start = self._reported = time.monotonic()
-
-    def step(self) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if now - self._reported >= SECONDS_BETWEEN_REPORTS:
-            self._reported = now
-            self.report()
-
-    def report(self) -> None:
-        seconds = time.monotonic() - self._start
-        unit = self.what.split()[0]
-        print(f"{self.done}{self.total} {self.what}, {self.done / max(seconds, 1e-9):.1f} {unit}/s", flush=True)
-
-
 @dataclass
 class Job:
     """What is done with each source."""
@@ -220,7 +192,7 @@ class Job:
     rows: Optional[JsonLines]
     every: int
     max_frames: Optional[int]
-    images: Progress
+    images: StepProgress
 
     def run(self, source: Source) -> None:
         """
@@ -250,12 +222,12 @@ class Job:
         self.images.step()
 
     def _video(self, source: Source) -> None:
-        partial = _partial(source.target)
+        partial = partial_path(source.target)
         with VideoSource(source.name) as video, VideoFile(partial, video.rate / self.every) as written:
             length = None if video.length is None else -(-video.length // self.every)
             if self.max_frames is not None:
                 length = min(self.max_frames, length or self.max_frames)
-            progress = Progress(f"frames of {source.name}", length)
+            progress = StepProgress(f"frames of {source.name}", length)
             for number, frame in enumerate(islice(video.frames(self.every), self.max_frames)):
                 written.write(self._look(frame, source, frame=number * self.every))
                 progress.step()
@@ -265,7 +237,7 @@ class Job:
         progress.report()
 
     def _camera(self, source: Source) -> None:
-        progress = Progress(f"frames of {source.name}", self.max_frames)
+        progress = StepProgress(f"frames of {source.name}", self.max_frames)
         with contextlib.ExitStack() as stack:
             camera = stack.enter_context(VideoSource(source.camera))
             window = stack.enter_context(Window("d2_distill, q closes")) if can_show() else None
@@ -281,20 +253,6 @@ class Job:
                 elif not window.show(picture):
                     break
         progress.report()
-
-
-def write_picture(picture: np.ndarray, target: Path) -> None:
-    """Write an RGB picture; the file appears complete or not at all."""
-    partial = _partial(target)
-    try:
-        Image.fromarray(picture).save(partial, quality=95)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _partial(target: Path) -> Path:
-    return target.with_name(f"{target.stem}.partial{target.suffix}")
 
 
 def build_predictors(args: argparse.Namespace) -> Dict[str, Predictor]:
@@ -344,7 +302,7 @@ def predict(args: argparse.Namespace) -> List[str]:
     args.output.mkdir(parents=True, exist_ok=True)
     rows = JsonLines(args.output / JSON_FILE, [source.name for source in done]) if args.json else None
     left = [source for source in sources if source not in done]
-    images = Progress("images", sum(source.is_image for source in left))
+    images = StepProgress("images", sum(source.is_image for source in left))
     job = Job(detectors, rows, args.every, args.max_frames, images)
     failed = []
     for source in left:

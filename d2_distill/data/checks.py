@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 
 from ..errors import UserError
+from . import problems
 from .annotation_files import check_voc_annotations, coco_class_names
+from .problems import Found, Problem, refusing
+from .records import check_records, usable_boxes
 from .registration import declared_names
-
-_FIELDS = ("file_name", "height", "width", "annotations")
 
 
 def check_datasets(cfg, *, train: bool = True) -> None:
@@ -40,8 +38,7 @@ def check_datasets(cfg, *, train: bool = True) -> None:
             if name in checked:
                 continue
             class_names = check_dataset(name, key=key, strict=name in declared)
-            _check_same_classes(name, class_names, checked, key)
-            _check_classes_of_detector(name, class_names, cfg.DATASETS.CLASSES, key)
+            compare_classes(name, class_names, checked, cfg.DATASETS.CLASSES, refusing(key))
             checked[name] = class_names
 
 
@@ -61,32 +58,69 @@ def check_dataset(name: str, *, key: str, strict: bool = True) -> list[str]:
             learn from.
     """
     source = f"{key}: data set {name!r}"
+    refuse, useless = refusing(source), []
+
+    def found(problem: Problem) -> None:
+        if not strict and problem.kind in (problems.NO_AREA, problems.OUTSIDE):
+            useless.append(problem)
+        else:
+            refuse(problem)
+
     records = _load(name, key, source)
-    if not records:
-        raise UserError(f"{source} is empty; correct its annotation file or split, or name another data set.")
-    for index, record in enumerate(records):
-        missing = [field for field in _FIELDS if field not in record]
-        if missing:
-            raise UserError(
-                f"{source}: record {index} ({record.get('file_name')}) lacks {missing[0]!r}; "
-                "correct the function that loads the data set."
-            )
-    _check_files(records, source)
     class_names = list(MetadataCatalog.get(name).get("thing_classes", []))
-    usable = _check_annotations(records, class_names, source, strict)
-    if key == "DATASETS.TRAIN" and not usable:
-        raise UserError(
-            f"{source} has {len(records)} images, but none with a usable (non-crowd) box; annotate some."
+    check_content(records, check_records(records, class_names, found), found, train=key == "DATASETS.TRAIN")
+    if useless:
+        logging.getLogger(__name__).warning(
+            "%s: %d boxes have no area or lie outside their image.", source, len(useless)
         )
     return class_names
 
 
+def check_content(records: Sequence[dict], usable: Sequence[dict], found: Found, *, train: bool) -> None:
+    """Tell whether there is too little in a data set.
+
+    Args:
+        records: all of it.
+        usable: what :func:`.records.check_records` returned.
+        train: whether boxes to learn from are needed.
+    """
+    if not records:
+        found(Problem(problems.EMPTY, "it is empty"))
+    elif train and not usable_boxes(usable):
+        fault = f"it has {len(records)} images, but none with a usable (non-crowd) box"
+        found(Problem(problems.NOTHING_TO_LEARN, fault))
+
+
+def compare_classes(
+    name: str, class_names: Sequence[str], others: Mapping[str, Sequence[str]], expected: Sequence[str], found: Found
+) -> None:
+    """Tell whether a data set has another class list than others or than the detector.
+
+    Args:
+        others: class lists by the names of their data sets.
+        expected: ``DATASETS.CLASSES``; empty if unknown.
+    """
+    for other, other_names in others.items():
+        if list(class_names) != list(other_names):
+            fault = f"than {other!r} ({_difference(class_names, other_names)})"
+            break
+    else:
+        if not expected or list(class_names) == list(expected):
+            return
+        fault = (
+            f"than DATASETS.CLASSES, the detector's, which where the config leaves them empty are those of its training "
+            f"set ({_difference(class_names, expected)})"
+        )
+    found(Problem(problems.OTHER_CLASSES, f"data set {name!r} has another class list {fault}"))
+
+
+def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    differing = sorted(set(ours) ^ set(theirs))
+    return f"they differ in {', '.join(differing[:5])}" if differing else "the same in another order"
+
+
 def _load(name: str, key: str, source: str) -> list[dict]:
-    registered = DatasetCatalog.list()
-    if name not in registered:
-        close = difflib.get_close_matches(name, registered, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "add it to DATASETS.COCO or DATASETS.VOC."
-        raise UserError(f"{key} names the data set {name!r}, which is not registered; {hint}")
+    require_registered(name, key)
     try:
         return DatasetCatalog.get(name)
     except Exception as error:  # whatever a loading function stumbles over is the data's fault: say what
@@ -100,85 +134,13 @@ def _load(name: str, key: str, source: str) -> list[dict]:
         ) from error
 
 
-def _check_files(records: Sequence[dict], source: str) -> None:
-    missing = [record["file_name"] for record in records if not os.path.isfile(record["file_name"])]
-    if missing:
-        raise UserError(
-            f"{source}: {len(missing)} of {len(records)} image files are missing, the first is {missing[0]}; "
-            "correct the image folder or restore the files."
-        )
-
-
-def _check_annotations(records: Sequence[dict], class_names: Sequence[str], source: str, strict: bool) -> int:
-    """Number of boxes to learn from."""
-    pairs = [(record, number) for record in records for number in range(len(record["annotations"]))]
-    if not pairs:
-        return 0
-    annotations = [record["annotations"][number] for record, number in pairs]
-
-    def refuse(index: int, fault: str, remedy: str) -> None:
-        record, number = pairs[index]
-        raise UserError(f"{source}: image {record['file_name']}, annotation {number}: {fault}; {remedy}.")
-
-    for index, annotation in enumerate(annotations):
-        if len(annotation.get("bbox", ())) != 4:
-            refuse(index, f"the box is {annotation.get('bbox')}", "give it four numbers")
-        category = annotation["category_id"]
-        if not 0 <= category < len(class_names):
-            fault = f"category {category} is outside the class list of {len(class_names)} classes"
-            refuse(index, fault, "correct the category or the class list")
-
-    boxes = _boxes_xyxy(annotations)
-    finite = np.isfinite(boxes).all(axis=1)
-    if not finite.all():
-        first = int(np.argmin(finite))
-        refuse(first, f"the box {annotations[first]['bbox']} is not finite", "correct it")
-    crowd = np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations])
-    size = np.array([(record["width"], record["height"]) for record, _ in pairs], dtype=np.float64)
-    has_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    inside = (np.minimum(boxes[:, 2:], size) > np.maximum(boxes[:, :2], 0)).all(axis=1)
-    for good, fault in ((has_area, "has no area"), (inside, "lies outside the image of {:.0f} x {:.0f}")):
-        bad = ~good & ~crowd
-        if bad.any() and strict:
-            first = int(np.argmax(bad))
-            box = annotations[first]["bbox"]
-            refuse(first, f"the box {box} {fault.format(*size[first])}", "correct or remove it")
-    useless = ~(has_area & inside) & ~crowd
-    if useless.any():
-        logging.getLogger(__name__).warning(
-            "%s: %d boxes have no area or lie outside their image.", source, useless.sum()
-        )
-    return int((has_area & inside & ~crowd).sum())
-
-
-def _boxes_xyxy(annotations: Sequence[dict]) -> np.ndarray:
-    boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64)
-    modes = np.array([annotation["bbox_mode"] for annotation in annotations])
-    for mode in set(modes.tolist()):
-        boxes[modes == mode] = BoxMode.convert(boxes[modes == mode], BoxMode(mode), BoxMode.XYXY_ABS)
-    return boxes
-
-
-def _check_same_classes(
-    name: str, class_names: Sequence[str], checked: dict[str, list[str]], key: str
-) -> None:
-    for other, other_names in checked.items():
-        if list(class_names) != other_names:
-            raise UserError(
-                f"{key}: data set {name!r} has another class list than {other!r} "
-                f"({_difference(class_names, other_names)}); give both the same categories, ids included."
-            )
-
-
-def _check_classes_of_detector(name: str, class_names: Sequence[str], expected: Sequence[str], key: str) -> None:
-    if expected and list(class_names) != list(expected):
-        raise UserError(
-            f"{key}: data set {name!r} has another class list than the detector, whose classes are DATASETS.CLASSES or, "
-            f"where the config leaves them empty, those of its training set ({_difference(class_names, expected)}); "
-            f"give both the same names in the same order, which in COCO files is that of the category ids."
-        )
-
-
-def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
-    differing = sorted(set(ours) ^ set(theirs))
-    return f"they differ in {', '.join(differing[:5])}" if differing else "the same in another order"
+def require_registered(name: str, key: str) -> None:
+    """
+    Raises:
+        UserError: no data set has this name; ``key`` is the config key that does.
+    """
+    registered = DatasetCatalog.list()
+    if name not in registered:
+        close = difflib.get_close_matches(name, registered, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "add it to DATASETS.COCO or DATASETS.VOC."
+        raise UserError(f"{key} names the data set {name!r}, which is not registered; {hint}")

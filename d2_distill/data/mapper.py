@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
 
@@ -45,8 +46,8 @@ def _with_float_boxes(dataset_dict: dict) -> dict:
     return {**dataset_dict, "annotations": annotations}
 
 
-def check_image_file(dataset_dict: dict) -> None:
-    """Decode the image of a record.
+def check_image_file(dataset_dict: dict) -> np.ndarray:
+    """Decode the image of a record: (H, W, 3) uint8 BGR.
 
     Raises:
         ImageFileError: it cannot be decoded, or has another size than the record says.
@@ -61,7 +62,14 @@ def check_image_file(dataset_dict: dict) -> None:
     try:
         check_image_size(copy.copy(dataset_dict), image)
     except SizeMismatchError:
-        raise ImageFileError(
-            f"The image {file_name} has {image.shape[1]} x {image.shape[0]} pixels, its annotation says "
-            f"{dataset_dict['width']} x {dataset_dict['height']}; correct the annotation or restore the file."
-        ) from None
+        fault = size_sentence(dataset_dict, image.shape[1], image.shape[0])
+        raise ImageFileError(f"{fault}; correct the annotation or restore the file.") from None
+    return image
+
+
+def size_sentence(dataset_dict: dict, width: int, height: int) -> str:
+    """That an image has another size, in pixels, than its record says; without a full stop."""
+    return (
+        f"The image {dataset_dict['file_name']} has {width} x {height} pixels, its annotation says "
+        f"{dataset_dict['width']} x {dataset_dict['height']}"
+    )

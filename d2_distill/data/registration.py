@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Sequence
+from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
@@ -37,17 +38,80 @@ def register_datasets(cfg, names: Container | None = None) -> None:
 
 def declared_names(cfg) -> set[str]:
     """Names of the data sets that the config itself registers."""
-    return {_name_of(row) for row in (*cfg.DATASETS.COCO, *cfg.DATASETS.VOC)} - {None}
+    return set(declared_rows(cfg))
+
+
+def declared_rows(cfg) -> dict[str, Sequence]:
+    """The rows of ``DATASETS.COCO`` and ``DATASETS.VOC`` by their names; those without a name are left out."""
+    rows = {_name_of(row): row for row in (*cfg.DATASETS.COCO, *cfg.DATASETS.VOC)}
+    return {name: row for name, row in rows.items() if name is not None}
 
 
 def _name_of(row) -> str | None:
     return row[0] if isinstance(row, (list, tuple)) and row and isinstance(row[0], str) else None
 
 
-def _register_coco(row, cfg) -> None:
+class CocoFiles(NamedTuple):
+    """A row of ``DATASETS.COCO``, paths resolved."""
+
+    name: str
+    json_file: str
+    image_root: str
+
+
+class VocFiles(NamedTuple):
+    """A row of ``DATASETS.VOC``, paths resolved; ``class_names`` may be empty."""
+
+    name: str
+    dirname: str
+    split: str
+    class_names: Sequence[str]
+    year: int
+
+
+def declared_files(cfg, name: str) -> CocoFiles | VocFiles | None:
+    """The row of a declared data set; None if it is not declared.
+
+    Raises:
+        UserError: a malformed row.
+    """
+    for key, parse in (("COCO", _coco_files), ("VOC", _voc_files)):
+        for row in cfg.DATASETS[key]:
+            if _name_of(row) == name:
+                return parse(row)
+    return None
+
+
+def resolved(path: str) -> str:
+    """A path of the config: a relative one is below ``$DETECTRON2_DATASETS`` (default: ``datasets``)."""
+    return os.path.join(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")), path)
+
+
+def _coco_files(row) -> CocoFiles:
     if not _is_row(row, (str, str, str)):
         raise UserError(f"DATASETS.COCO has the row {row!r}; write it as {_COCO_FORM}, three strings.")
-    name, json_file, image_root = row[0], _resolve(row[1]), _resolve(row[2])
+    return CocoFiles(row[0], resolved(row[1]), resolved(row[2]))
+
+
+def _voc_files(row) -> VocFiles:
+    if not _is_row(row, (str, str, str, (list, tuple), int)) or not _is_row(row[3], (str,) * len(row[3])):
+        raise UserError(
+            f"DATASETS.VOC has the row {row!r}; write it as {_VOC_FORM}, e.g. "
+            "('mine', 'voc/mine', 'train', ('cat', 'dog'), 2012)."
+        )
+    files = VocFiles(row[0], resolved(row[1]), *row[2:])
+    source = f"DATASETS.VOC (data set {files.name!r})"
+    if files.year not in (2007, 2012):
+        raise UserError(
+            f"{source} has the year {files.year}; write 2007 (11-point AP) or 2012 (area under the curve)."
+        )
+    if len(set(files.class_names)) < len(files.class_names):
+        raise UserError(f"{source} names a class twice in {files.class_names}; make the class names unique.")
+    return files
+
+
+def _register_coco(row, cfg) -> None:
+    name, json_file, image_root = _coco_files(row)
     identity = {"evaluator_type": "coco", "json_file": json_file, "image_root": image_root}
     if _is_registered(name, identity, key="DATASETS.COCO"):
         return
@@ -62,20 +126,9 @@ def _register_coco(row, cfg) -> None:
 
 
 def _register_voc(row, cfg) -> None:
-    if not _is_row(row, (str, str, str, (list, tuple), int)) or not _is_row(row[3], (str,) * len(row[3])):
-        raise UserError(
-            f"DATASETS.VOC has the row {row!r}; write it as {_VOC_FORM}, e.g. "
-            "('mine', 'voc/mine', 'train', ('cat', 'dog'), 2012)."
-        )
-    name, dirname, split, year = row[0], _resolve(row[1]), row[2], row[4]
+    name, dirname, split, class_names, year = _voc_files(row)
     source = f"DATASETS.VOC (data set {name!r})"
-    if year not in (2007, 2012):
-        raise UserError(
-            f"{source} has the year {year}; write 2007 (11-point AP) or 2012 (area under the curve)."
-        )
-    class_names = list(row[3] or cfg.DATASETS.CLASSES or voc_class_names(dirname, source=source))
-    if len(set(class_names)) < len(class_names):
-        raise UserError(f"{source} names a class twice in {class_names}; make the class names unique.")
+    class_names = list(class_names or cfg.DATASETS.CLASSES or voc_class_names(dirname, source=source))
     identity = {
         "evaluator_type": "pascal_voc",
         "dirname": dirname,
@@ -96,10 +149,6 @@ def _is_row(row, types: Sequence) -> bool:
         and len(row) == len(types)
         and all(isinstance(value, type_) for value, type_ in zip(row, types))
     )
-
-
-def _resolve(path: str) -> str:
-    return os.path.join(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")), path)
 
 
 def _is_registered(name: str, identity: dict, *, key: str) -> bool:

@@ -20,6 +20,7 @@ from ..checkpoint import require_file
 from ..config import read_config
 from ..data.checks import check_datasets
 from ..data.classes import with_classes
+from ..data.own_sets import name_data
 from ..data.registration import register_datasets
 from ..errors import UserError
 from ..evaluation.voc import voc_convention
@@ -41,7 +42,8 @@ def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
         UserError: before anything is written, if any of them cannot be used.
     """
     with held_back():
-        cfg = load_config(args.config_file, args.opts)
+        data = {option: getattr(args, option, ()) for option in ("train_data", "test_data")}
+        cfg = load_config(args.config_file, args.opts, **data)
         register_datasets(cfg)
         voc_convention(cfg.TEST.VOC_CONVENTION)
         check_datasets(cfg, train=not args.eval_only)
@@ -63,19 +65,29 @@ def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
     return cfg, model
 
 
-def load_config(config_file: str, opts: Sequence[str]) -> CfgNode:
+def load_config(
+    config_file: str,
+    opts: Sequence[str],
+    *,
+    train_data: Sequence[Sequence[str]] = (),
+    test_data: Sequence[Sequence[str]] = (),
+) -> CfgNode:
     """The defaults, overridden by a config file, overridden by a flat list of keys and values; frozen.
 
     The detector has the classes of its data, see :func:`.data.classes.with_classes`.
 
+    Args:
+        train_data, test_data: data sets in the place of those that the config names, see :func:`.data.own_sets.name_data`.
+
     Raises:
-        UserError: the file is missing, or a key or the type of a value is wrong.
+        UserError: the file is missing, or a key or the type of a value is wrong, or there is no such data.
     """
     source = f"The config ({config_file or 'the default config'} with the command line's overrides)"
     cfg = read_config(config_file, opts, source=source)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU.", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
+    name_data(cfg, train_data, test_data)
     cfg.freeze()
     return with_classes(cfg)
 

@@ -106,7 +106,7 @@ def test_published_set_with_an_empty_box_is_only_logged(tmp_path, caplog):
 def test_missing_image_files(tmp_path):
     row = write_coco(tmp_path)
     (tmp_path / "images" / "1.png").unlink()
-    with pytest.raises(UserError, match=f"1 of 3 image files are missing, .* is {row[2]}/1.png; "):
+    with pytest.raises(UserError, match=f"the image file {row[2]}/1.png is missing .1 of 3 are missing.; "):
         check_datasets(registered(row))
 
 
@@ -171,7 +171,7 @@ def test_category_outside_the_class_list_and_malformed_records(tmp_path):
 
 
 @pytest.mark.parametrize("text, sentence", [
-    (None, r"0.xml cannot be read .*remove 0 from the split"),
+    (None, r"0.xml cannot be read .*remove its name from the split"),
     ("<annotation>", "0.xml is not valid XML"),
     ("<annotation/>", "0.xml has None as <size/width>"),
     ("<annotation><size><width>30</width><height>20</height></size><object><name>cow</name><bndbox>"

@@ -93,11 +93,19 @@ def test_not_coco(tmp_path, text, sentence):
     ("annotations", "bbox", None, "entry 1 of 'annotations' lacks 'bbox'"),
     ("annotations", "bbox", [1, 2, 3], "annotation 2 has the bbox"),
     ("annotations", "id", 1, "two entries of 'annotations' have the id 1"),
-    ("annotations", "id", [], "has the id"),
+    ("annotations", "id", [], r"entry 1 of 'annotations' has the id \[\], which is not a number"),
+    ("annotations", "bbox", [1, 2, 3, "4"], "annotation 2 has the bbox .* which is not .x, y, width, height."),
+    ("annotations", "category_id", [], "annotation 2 has the category_id"),
+    ("annotations", "image_id", None, "lacks 'image_id'"),
+    ("images", "file_name", 7, "image 101 has the file_name 7, which is not a text"),
+    ("images", "width", "30", "image 101 has the width '30', which is not a number of pixels"),
+    ("images", "height", 0, "image 101 has the height 0"),
+    ("categories", "id", "20", "entry 1 of 'categories' has the id '20'"),
+    ("categories", "name", 5, "category 20 has the name 5, which is not a text"),
     ("annotations", "category_id", 5, "annotation 2 has category_id 5"),
     ("annotations", "image_id", 5, "annotation 2 has image_id 5"),
     ("annotations", "ignore", 1, "annotation 2 has 'ignore' set"),
-    ("categories", "name", "cat", "names two categories alike"),
+    ("categories", "name", "cat", "'categories' has the name 'cat' twice"),
 ])
 def test_inconsistent_coco(tmp_path, section, field, value, sentence):
     def edit(content):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from ..data.small_sets import write_voc
 from .runs import QUIET, TINY, average_precision, checkpoint, contents, distiller, scalars, write_config
 
 PLAIN_TERMS = {"loss_cls", "loss_box_reg"}
@@ -114,3 +115,23 @@ def test_number_of_classes_is_that_of_the_data(server, data, tmp_path):
         "--config-file", config, "--eval-only", "MODEL.WEIGHTS", tmp_path / "distilled" / "model_final.pth",
         "DATASETS.TEST", f"('{data['DATASETS']['TEST'][0]}',)", "OUTPUT_DIR", tmp_path / "distilled",
     ).succeeded()
+
+
+def test_data_named_on_the_command_line(server, data, tmp_path):
+    """Both formats; the run's config.yaml then serves an evaluation, and a resume with the same command is the same run."""
+    folder = tmp_path / "own"
+    (_, *train), (_, *val) = data["DATASETS"]["COCO"]
+    voc = write_voc(tmp_path / "voc", objects=([("dog", 5, 6, 20, 19)], [("cat", 3, 4, 20, 19)]))
+    config = write_config(tmp_path / "config.yaml", TINY, {"DATASETS": {"TRAIN": ["coco_2017_train"]}})
+    command = (
+        "--config-file", config, "--train-data", *train, "--test-data", *val, "--test-data", voc[1], "train",
+        "OUTPUT_DIR", folder, "SOLVER.MAX_ITER", 1,
+    )
+    outcome = server.run(*command).succeeded()
+    assert "MODEL.RETINANET.NUM_CLASSES" in outcome.stdout and "Results on voc_train" in outcome.stdout.replace("'", "")
+    stored = yaml.safe_load((folder / "config.yaml").read_text())["DATASETS"]
+    assert stored["TRAIN"] == ["train_set"] and stored["TEST"] == ["val_set", "voc_train"]
+    assert stored["CLASSES"] == ["cat", "dog"]
+    server.run("--resume", *command).succeeded()
+    evaluation = ("--config-file", folder / "config.yaml", "--eval-only", "MODEL.WEIGHTS", folder / "model_final.pth")
+    server.run(*evaluation, "OUTPUT_DIR", tmp_path / "eval").succeeded()
