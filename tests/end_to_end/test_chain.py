@@ -128,7 +128,7 @@ def test_data_named_on_the_command_line(server, data, tmp_path):
         "OUTPUT_DIR", folder, "SOLVER.MAX_ITER", 1,
     )
     outcome = server.run(*command).succeeded()
-    assert "MODEL.RETINANET.NUM_CLASSES" in outcome.stdout and "Results on voc_train" in outcome.stdout.replace("'", "")
+    assert "MODEL.RETINANET.NUM_CLASSES is 2" in outcome.stdout and outcome.stdout.count("copypaste: AP,") == 2
     stored = yaml.safe_load((folder / "config.yaml").read_text())["DATASETS"]
     assert stored["TRAIN"] == ["train_set"] and stored["TEST"] == ["val_set", "voc_train"]
     assert stored["CLASSES"] == ["cat", "dog"]
