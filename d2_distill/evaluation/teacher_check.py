@@ -188,7 +188,7 @@ def check_teacher(
         if probe:
             report["probe"] = _probe(cfg, subset, detector, findings, probe, progress)
         if student is not None:
-            metrics = _evaluate(cfg, subset, torch.no_grad()(student), "student", progress)
+            metrics = _evaluate(cfg, subset, student, "student", progress)
             report["student"] = {name: metrics[name] for name in ("AP", "AP50", "AP75")}
     report["verdict"], report["reasons"] = judge(report)
     return report
@@ -282,6 +282,7 @@ def _probe(
         return {"images": len(records), "AP50": as_it_is, "prepared_otherwise": rows}
 
 
+@torch.no_grad()
 def _evaluate(
     cfg: CfgNode, data_set: str, detect: Detect, title: str, progress: Progress, *others: Findings
 ) -> Dict[str, float]:

@@ -40,6 +40,9 @@ def convert(
     tensors.require_none_left()
     state_dict, settings = merged(parts)
     settings.update(_training_settings(checkpoint.config_text, style, settings))
+    number = next(value for key, value in settings.items() if key.endswith(".NUM_CLASSES"))
+    if number == len(set(checkpoint.class_names)) == len(checkpoint.class_names):
+        settings["DATASETS.CLASSES"] = checkpoint.class_names
     undecided = [key for key in _required(settings) if key not in (*settings, *opts[::2])]
     if undecided:
         raise UserError(

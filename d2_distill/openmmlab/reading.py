@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Dict
+from dataclasses import dataclass, field
+from typing import Any, Dict, List
 
 import torch
 
@@ -17,10 +17,12 @@ class Checkpoint:
     Attributes:
         state_dict: the detector's tensors.
         config_text: text of the config it was trained with, "" if the file does not hold it.
+        class_names: of its outputs, empty if the file does not hold them.
     """
 
     state_dict: Dict[str, torch.Tensor]
     config_text: str = ""
+    class_names: List[str] = field(default_factory=list)
 
 
 def read_checkpoint(path: str) -> Checkpoint:
@@ -41,5 +43,18 @@ def read_checkpoint(path: str) -> Checkpoint:
             f"{others[0]}; save the detector's state dict anew."
         )
     meta = content.get("meta")
-    texts = [meta.get(key) for key in ("config", "cfg")] if isinstance(meta, dict) else []
-    return Checkpoint(dict(state_dict), next((text for text in texts if isinstance(text, str)), ""))
+    if not isinstance(meta, dict):
+        meta = {}
+    texts = [meta.get(key) for key in ("config", "cfg")]
+    text = next((text for text in texts if isinstance(text, str)), "")
+    return Checkpoint(dict(state_dict), text, _class_names(meta))
+
+
+def _class_names(meta: Dict[str, Any]) -> List[str]:
+    data = meta.get("dataset_meta")  # of 3.x; 2.x has the names beside it
+    for node in (data if isinstance(data, dict) else {}, meta):
+        for key in ("classes", "CLASSES"):
+            names = node.get(key)
+            if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+                return list(names)
+    return []

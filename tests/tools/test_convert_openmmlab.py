@@ -12,6 +12,7 @@ from typing import Sequence
 import numpy as np
 import pytest
 import torch
+import yaml
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.structures import Boxes
@@ -407,6 +408,21 @@ def test_reads_tensors_and_runs_nothing(tmp_path, monkeypatch, zip_format):
     assert checkpoint.config_text == "style='caffe'" and list(checkpoint.state_dict) == list(state)
     for name, value in state.items():
         torch.testing.assert_close(checkpoint.state_dict[name], value.data, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "meta_of",
+    [lambda names: {"CLASSES": tuple(names)}, lambda names: {"dataset_meta": {"classes": names}, "CLASSES": ["x"]}],
+)
+def test_class_names(tmp_path, gfl_state, meta_of):
+    """Those of MMDetection 2.x and 3.x, unless they are not those of the head."""
+    number = convert(Checkpoint(gfl_state), style="pytorch").cfg.MODEL.GFL.NUM_CLASSES
+    names = [f"class {index}" for index in range(number)]
+    for held, expected in ((names, tuple(names)), (names[1:], ()), (names[1:] + names[1:2], ())):
+        torch.save({"state_dict": gfl_state, "meta": meta_of(held)}, tmp_path / "x.pth")
+        conversion = convert(read_checkpoint(str(tmp_path / "x.pth")), style="pytorch")
+        assert conversion.cfg.DATASETS.CLASSES == expected
+        assert ("DATASETS" in yaml.safe_load(conversion.yaml())) == bool(expected)
 
 
 def _without(state, *words):
