@@ -41,10 +41,11 @@ from d2_distill.visualization.level_maps import SELECTED, feature_maps, focal_ma
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import build_augmentation
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import nn
 
-Record = Dict[str, Any]  # an image and its annotations, in Detectron2's standard form
+Record = Dict[str, Any]  # an image and, if they are known, its annotations, in Detectron2's standard form
+WITHOUT_BOXES = ("gibox",)  # regions that do not ask for the ground truth
 
 
 class Pair:
@@ -64,18 +65,28 @@ class Pair:
     def draw(self, record: Record, regions: Sequence[str], threshold: float):
         """A figure of an image, and a sentence for each region that the pair does not have."""
         sample = self._mapper(record)
+        labelled = "instances" in sample
+        if not labelled:
+            sample["instances"] = Instances(
+                sample["image"].shape[-2:], gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0).long()
+            )
+            regions = [name for name in regions if name in WITHOUT_BOXES]
         image = sample["image"].permute(1, 2, 0).numpy()
         image = image[:, :, ::-1] if self.cfg.INPUT.FORMAT == "BGR" else image
-        found = {"ground truth": sample["instances"], "student finds": self._detect(self.student.model, sample, threshold)}
+        truth = sample["instances"]
+        boxes = {f"ground truth: {len(truth)}" if labelled else "no boxes known": truth}
+        found = self._detect(self.student.model, sample, threshold)
+        boxes[f"student finds: {len(found)}"] = found
         student, teacher_run = self._runs(sample)
         if self.teacher is not None:
             [own] = self.teacher.in_own_format([sample], self.cfg.INPUT.FORMAT)
-            found["teacher finds"] = self._detect(self.teacher.model, own, threshold)
+            found = self._detect(self.teacher.model, own, threshold)
+            boxes[f"teacher finds: {len(found)}"] = found
         features = feature_maps(student, teacher_run)
-        focal = focal_maps(student, features[-1] if teacher_run is not None else None)
+        focal = focal_maps(student, features[-1] if teacher_run is not None else None) if labelled else []
         selected, missing = region_maps(self.cfg, regions, student, teacher_run, self.teacher)
         strides = {name: shape.stride for name, shape in self.student.feature_shapes().items()}
-        scene = Scene(np.ascontiguousarray(image), found, self.class_names)
+        scene = Scene(np.ascontiguousarray(image), boxes, self.class_names)
         return draw_levels(scene, strides, [features + focal, selected]), missing
 
     def _runs(self, sample: Dict[str, Any]):
@@ -121,7 +132,7 @@ def _records(name: str) -> List[Record]:
 def _without_boxes(file: str) -> Record:
     if not os.path.isfile(file):
         raise UserError(f"--input: there is no file {file}; correct its path.")
-    return {"file_name": file, "annotations": []}
+    return {"file_name": file}
 
 
 def show(args: argparse.Namespace) -> None:

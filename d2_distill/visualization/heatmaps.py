@@ -138,7 +138,7 @@ def _draw_scene(page: _Page, scene: Scene, size: Tuple[float, float], inner: flo
     for number, (title, instances) in enumerate(scene.boxes.items()):
         panel = page.panel(LEFT + number * step, TITLES, *size)
         panel.imshow(scene.image)
-        panel.set_title(f"{title}: {len(instances)}", fontsize=11)
+        panel.set_title(title, fontsize=11)
         boxes, classes = _boxes_of(instances)
         present.update(classes)
         _outline(panel, boxes, [_rgb(index) for index in classes], 1.6)

@@ -14,7 +14,7 @@ from PIL import Image
 from d2_distill.engine.setup import load_config
 from d2_distill.predictor import Predictor
 from d2_distill.teacher import teacher_config
-from d2_distill.video import VideoFile, VideoSource
+from d2_distill.video import VideoFile, VideoSource, Window
 from d2_distill.visualization import draw_detections
 from d2_distill.visualization.detections import GAP, TITLE_HEIGHT
 
@@ -192,6 +192,37 @@ def test_resume_does_what_is_left(pair, call, tmp_path):
     assert sorted(map(json.dumps, rows_of(out))) == sorted(map(json.dumps, rows))
     call(*pair, "--input", folder, "--json")
     assert (out / "a.png").read_bytes() == kept and (out / "detections.jsonl").read_text() == whole
+
+
+@pytest.fixture
+def camera(monkeypatch, tmp_path):
+    """A clip takes the place of the camera, of which the machine has none."""
+    clip = write_video(tmp_path / "clip.mp4", frames=5, rate=10)
+    monkeypatch.setattr(predict, "VideoSource", lambda source: VideoSource(str(clip)))
+
+
+def test_a_camera_without_a_display_is_recorded(camera, pair, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "can_show", lambda: False)
+    printed = call(*pair, "--input", "webcam:0", "--max-frames", 4, "--json")
+    assert f"There is no display: webcam:0 is recorded to {tmp_path / 'out' / 'webcam-0.mp4'}" in printed
+    with VideoSource(str(tmp_path / "out" / "webcam-0.mp4")) as video:
+        assert video.rate == 10 and len(list(video.frames())) >= 1
+    assert {row["frame"] for row in rows_of(tmp_path / "out")} == {0, 1, 2, 3}
+
+
+def test_a_camera_is_shown_until_the_window_is_closed(camera, pair, call, tmp_path, monkeypatch):
+    shown = []
+
+    class ClosedAtTheThird(Window):
+        def show(self, frame):
+            shown.append(frame.shape)
+            return len(shown) < 3
+
+    monkeypatch.setattr(predict, "can_show", lambda: True)
+    monkeypatch.setattr(predict, "Window", ClosedAtTheThird)
+    call(*pair, "--input", "webcam:0", "--teacher")
+    assert shown == [(HEIGHT * SCALE + TITLE_HEIGHT, 2 * WIDTH * SCALE + GAP, 3)] * 3
+    assert not (tmp_path / "out" / "webcam-0.mp4").exists()
 
 
 def test_no_camera_is_one_sentence(pair, call, tmp_path, capsys):
