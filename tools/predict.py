@@ -5,9 +5,9 @@
         --input photo.jpg photos/ clip.mp4 --teacher --output output/predictions --json
     python tools/predict.py --config-file ... MODEL.WEIGHTS ... --input webcam:0
 
-The config of a distillation gives its plain student; a teacher is built with --teacher only. Pictures keep the names and
-subfolders of the images, videos become .mp4. A camera is shown in a window where there is a display (q closes it), else
-recorded. After Ctrl-C pictures that were written stay, a video plays as far as it got, and --resume goes on.
+The config of a distillation gives its plain student; a teacher is built with --teacher only. Pictures keep the names
+and subfolders of the images, videos become .mp4. A camera is shown in a window where there is a display (q closes it),
+else recorded. After Ctrl-C pictures that were written stay, a video plays as far as it got, and --resume goes on.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Detectors:
         self.threshold = threshold
 
     def look(self, image: np.ndarray, **where: Any) -> Tuple[np.ndarray, List[Row]]:
-        """An RGB picture of what each finds in an RGB image, and a row for each detection that begins with ``where``."""
+        """An RGB picture of what each finds in an RGB image, and a row for each detection, with ``where`` in front."""
         pictures, rows = [], []
         for title, predictor in self.predictors.items():
             found = predictor(image)
@@ -340,7 +340,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help=f"also write {JSON_FILE}: a line for each detection, in COCO's result form"
     )
-    parser.add_argument("--resume", action="store_true", help="leave out inputs whose picture or video is there already")
+    parser.add_argument("--resume", action="store_true", help="leave out inputs whose picture or video is there")
     parser.add_argument("--every", type=_positive, default=1, metavar="N", help="of a video, take every N-th frame")
     parser.add_argument("--max-frames", type=_positive, metavar="N", help="of a video or camera, take N frames at most")
     parser.add_argument("opts", nargs="*", help="config keys and values")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draws what student and teacher look at on each pyramid level of an image, and where the methods' regions lie.
 
-    python tools/show_regions.py --config-file configs/bccd/gfl_ld.yaml MODEL.WEIGHTS output/bccd/gfl_ld/model_final.pth \\
-        --images 4 --output output/regions
+    python tools/show_regions.py --config-file output/bccd/gfl_ld/config.yaml \\
+        MODEL.WEIGHTS output/bccd/gfl_ld/model_final.pth --images 4 --output output/regions
 
 A picture for each image: its ground truth and the detections; the energy and the attention of the feature maps; FGD's
 masks; and the cells that the regions of LD and of FeatureImitation select, computed by the code that trains. The images
@@ -57,6 +57,11 @@ class Pair:
         self.student = stage_detector(model.eval())
         self.teacher: Optional[Teacher] = Teacher.from_config(cfg)
         self.class_names = dataset_classes(cfg)
+        self._teachers_classes = None
+        if self.teacher is not None and self.teacher.lacks:
+            # Other classes than the student's come behind these.
+            self.class_names = list(dict.fromkeys([*self.class_names, *self.teacher.classes]))
+            self._teachers_classes = torch.tensor([self.class_names.index(name) for name in self.teacher.classes])
         self._mapper = CheckedDatasetMapper(
             is_train=True, augmentations=build_augmentation(cfg, is_train=False), image_format=cfg.INPUT.FORMAT
         )
@@ -81,6 +86,8 @@ class Pair:
         if self.teacher is not None:
             [own] = self.teacher.in_own_format([sample], self.cfg.INPUT.FORMAT)
             found = self._detect(self.teacher.model, own, threshold)
+            if self._teachers_classes is not None:
+                found.pred_classes = self._teachers_classes[found.pred_classes]
             boxes[f"teacher finds: {len(found)}"] = found
         features = feature_maps(student, teacher_run)
         focal = focal_maps(student, features[-1] if teacher_run is not None else None) if labelled else []
@@ -109,7 +116,7 @@ class Pair:
 
 
 def find_records(cfg: CfgNode, files: Sequence[str], number: int) -> List[Record]:
-    """Records of the named files, of which other than those of the config's data sets have no boxes; or of ``number`` images.
+    """Records of the named files, with boxes if they are in a data set of the config; without files, of ``number`` images.
 
     Raises:
         UserError: a data set cannot be used, a file is missing, or there is no data set.

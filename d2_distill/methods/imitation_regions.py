@@ -39,7 +39,7 @@ class ImitationRegion:
         return {name: self._weights(*level) for name, level in self.cells(student, teacher).items()}
 
     def cells(self, student: Run, teacher: Run) -> Dict[str, torch.Tensor]:
-        """The student's feature name -> (3, N, H * W) bool: cells in the region, that are no padding, with positives."""
+        """The student's feature name -> (3, N, H * W) bool: cells in the region, no padding, with positives."""
         inside = self.anchors(student, teacher)
         valid, positive = _valid_and_positive(student, inside)
         return cells_of(student, torch.stack([inside & valid, valid, positive]))

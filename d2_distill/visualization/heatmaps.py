@@ -47,8 +47,8 @@ def overlay(image: np.ndarray, values: np.ndarray, stride: int, *, selects: bool
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        values: (h, w) in [0, 1]; cell (i, j) covers the ``stride`` x ``stride`` pixels from (i, j) * ``stride`` on. What
-            lies outside the image is cropped.
+        values: (h, w) in [0, 1]; cell (i, j) covers the ``stride`` x ``stride`` pixels from (i, j) * ``stride`` on.
+            What lies outside the image is cropped.
         selects: cells of value 0 show the image, dimmed.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a student and its teacher see on each pyramid level of an image, and what the regions of the methods select there."""
+"""What a student and its teacher see on each level of their pyramids, and what the methods' regions select there."""
 
 from __future__ import annotations
 

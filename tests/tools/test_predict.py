@@ -142,8 +142,8 @@ def test_a_video_keeps_its_frames_size_and_rate(pair, call, tmp_path):
     with VideoSource(str(clip)) as video:
         images = list(video.frames())
     student, _ = predictors(pair)
-    expected = [row for k, image in enumerate(images) for row in expected_rows(student, image, frame=k, model="student")]
-    assert rows == [{"file_name": str(clip), **row} for row in expected]
+    expected = [expected_rows(student, image, frame=k, model="student") for k, image in enumerate(images)]
+    assert rows == [{"file_name": str(clip), **row} for of_frame in expected for row in of_frame]
 
 
 def test_some_frames_of_a_video(pair, call, tmp_path):

@@ -57,6 +57,16 @@ def test_images_of_the_training_set(row, call, tmp_path):
     assert picture.std() > 30
 
 
+def test_a_teacher_of_other_classes(row, call, tmp_path):
+    cfg = distiller_cfg("GFL", save_teacher(tmp_path, "GFL"), ["PKD"])
+    cfg.MODEL.DISTILL.TEACHER.OPTS = ["DATASETS.CLASSES", "('dog', 'bird', 'fish')"]
+    config = write(tmp_path, cfg, row)
+    pair = show_regions.Pair(show_regions.load_config(str(config), []))
+    assert pair.class_names == ["cat", "dog", "cow", "bird", "fish"]
+    printed = call(config, "--images", 1, "--dpi", 50, "--regions", "main", "gibox")
+    assert printed[0].startswith("gibox is not shown: ") and "does not know 2 of the student's" in printed[0]
+
+
 @pytest.mark.parametrize("case, left_out", [("GeneralizedRCNN", 4), ("OpenMMLabFCOS", 2)])
 def test_without_a_teacher_and_untrained(row, call, tmp_path, case, left_out):
     printed = call(write(tmp_path, detector_cfg(case), row), "--images", 1, "--regions", *show_regions.SELECTED)
