@@ -90,11 +90,15 @@ class Pair:
                 found.pred_classes = self._teachers_classes[found.pred_classes]
             boxes[f"teacher finds: {len(found)}"] = found
         features = feature_maps(student, teacher_run)
-        focal = focal_maps(student, features[-1] if teacher_run is not None else None) if labelled else []
         selected, missing = region_maps(self.cfg, regions, student, teacher_run, self.teacher)
+        if labelled:
+            focal = focal_maps(student, features[-1] if teacher_run is not None else None)
+            bands = [features + focal, selected]
+        else:
+            bands = [features + selected]
         strides = {name: shape.stride for name, shape in self.student.feature_shapes().items()}
         scene = Scene(np.ascontiguousarray(image), boxes, self.class_names)
-        return draw_levels(scene, strides, [features + focal, selected]), missing
+        return draw_levels(scene, strides, bands), missing
 
     def _runs(self, sample: Dict[str, Any]):
         device = self.student.model.device
