@@ -102,7 +102,7 @@ def test_names_that_cannot_be_matched(ours, aliases, message):
         match_classes(ours, THEIRS, aliases)
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(scope="module", params=CASES)
 def models(request):
     """A detector that keeps all that it finds, and one made of it that knows three of its five classes."""
     keys = ("RETINANET.TOPK_CANDIDATES_TEST", "FCOS.TOPK_CANDIDATES_TEST", "ATSS.TOPK_CANDIDATES_TEST")

@@ -14,13 +14,14 @@ docs/teachers.md explains the verdict.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
@@ -74,11 +75,26 @@ def choose_data_set(cfg: CfgNode, split: str) -> str:
     return name
 
 
+@contextlib.contextmanager
+def _log_shown(name: str) -> Iterator[None]:
+    """Show what a logger says of interest, such as which classes were matched, among the errors."""
+    shown, handler = logging.getLogger(name), logging.StreamHandler()
+    level = shown.level
+    shown.addHandler(handler)
+    shown.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        shown.removeHandler(handler)
+        shown.setLevel(level)
+
+
 def run(args: argparse.Namespace, progress: Progress) -> Dict[str, Any]:
     cfg = with_teacher(load_config(args.config_file, args.opts), args.config_file, args.opts)
     register_datasets(cfg)
     data_set = choose_data_set(cfg, args.on)
-    teacher = Teacher.from_config(cfg)
+    with _log_shown("d2_distill.teacher"):
+        teacher = Teacher.from_config(cfg)
     student = None
     if args.student_weights:
         student_cfg = cfg.clone()

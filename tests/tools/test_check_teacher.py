@@ -61,7 +61,9 @@ def test_numbers(distillation, teacher, tmp_path, capsys):
         "--config-file", str(distillation), "--student-weights", str(tmp_path / "student.pth"), "--json", str(path),
         "--probe", "2",
     ])
-    printed, report = capsys.readouterr().out, json.loads(path.read_text())
+    printed, logged = capsys.readouterr()
+    report = json.loads(path.read_text())
+    assert "Teacher: 2 of its 3 classes, by name" in logged
     assert [row["name"] for row in report["classes"]] == ["cat", "dog"]
     assert [row["objects"] for row in report["classes"]] == [3, 4] and report["images"] == 8
     assert report["teacher"]["kind"] == "FCOS" and report["teacher"]["weights"] == teacher.weights
