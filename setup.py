@@ -1,4 +1,4 @@
-"""Installation of d2_distill; `pip install -e .[tools,test]` for everything."""
+"""Installation of d2_distill; `pip install -e .[tools,export,test]` for everything."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ setup(
     extras_require={
         # quick-start data; pictures; curves; a faster COCO evaluation; videos and cameras
         "tools": ["scikit-learn", "matplotlib", "tensorboard", "faster-coco-eval", "opencv-python"],
+        # ONNX files of tools/export.py: written, and run
+        "export": ["onnx", "onnxruntime"],
         "test": ["pytest"],
     },
     # The embedded Detectron2 lies in a plain folder that is put on sys.path, hence namespace packages.

@@ -30,10 +30,11 @@ class TwoSidedBox2BoxTransform(Box2BoxTransform):
         Returns:
             (N, 4k) boxes.
         """
-        shifts, scales = deltas.float().unflatten(-1, (-1, 2, 2)).unbind(dim=-2)
+        # No -1, which ONNX could not resolve for no boxes.
+        shifts, scales = deltas.float().unflatten(-1, (deltas.shape[-1] // 4, 2, 2)).unbind(dim=-2)
         lowest = -self.scale_clamp * scales.new_tensor(self.weights[2:])
         bounded = torch.stack([shifts, torch.maximum(scales, lowest)], dim=-2)
-        return super().apply_deltas(bounded.flatten(start_dim=1), boxes)
+        return super().apply_deltas(bounded.view_as(deltas), boxes)
 
 
 class DeltaCoder:
@@ -50,7 +51,7 @@ class DeltaCoder:
 
     def decode(self, deltas: torch.Tensor, anchors: torch.Tensor, strides: torch.Tensor) -> torch.Tensor:
         rows = anchors.expand_as(deltas).reshape(-1, 4)
-        return self.transform.apply_deltas(deltas.reshape(-1, 4), rows).view(deltas.shape)
+        return self.transform.apply_deltas(deltas.reshape(-1, 4), rows).view_as(deltas)
 
     def encode(self, boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         """Deltas (M, 4) that turn anchors (M, 4) into boxes (M, 4)."""

@@ -107,10 +107,8 @@ class OpenMMLabFCOS(CenternessDetector):
         product = self.final_scores(class_scores, outputs)
         compared = product if self.thresh_with_ctr else class_scores
         rows, classes = (compared > self.test_score_thresh).nonzero(as_tuple=True)
-        scores = product[rows, classes]
-        if len(scores) > self.test_topk_candidates:
-            scores, best = scores.topk(self.test_topk_candidates)
-            rows, classes = rows[best], classes[best]
+        scores, best = product[rows, classes].topk(min(len(rows), self.test_topk_candidates))
+        rows, classes = rows[best], classes[best]
         strides = anchors.new_full((len(rows),), stride)
         boxes = Boxes(self.box_coder.decode(outputs["deltas"][rows], anchors[rows], strides))
         return Instances(image_size, pred_boxes=boxes, scores=scores.sqrt(), pred_classes=classes)
@@ -125,9 +123,8 @@ class OpenMMLabFCOS(CenternessDetector):
         else:
             keep = scores.argsort(descending=True, stable=True)
         scores = scores[keep]
-        if len(keep) > self.max_detections_per_image:
-            keep = keep[scores >= scores[self.max_detections_per_image - 1]]
-        return candidates[keep]
+        lowest = scores[: self.max_detections_per_image][-1:]
+        return candidates[keep[scores >= lowest]]
 
 
 def _check(node) -> None:

@@ -222,10 +222,7 @@ class OneStageDetector(DenseDetector):
         """Detections of a level before the non-maximum suppression, from outputs (R_l, K)."""
         scores = self.class_scores(outputs)[:, : self.num_classes]
         ranked = self.final_scores(scores, outputs)
-        if len(ranked) > self.test_topk_candidates:
-            best = ranked.amax(dim=1).topk(self.test_topk_candidates).indices
-        else:
-            best = torch.arange(len(ranked), device=ranked.device)
+        best = ranked.amax(dim=1).topk(min(len(ranked), self.test_topk_candidates)).indices
         # The threshold is on the class score alone.
         rows, classes = (scores[best] > self.test_score_thresh).nonzero(as_tuple=True)
         rows = best[rows]

@@ -1,4 +1,4 @@
-"""tools/export_student.py: the exported file is the student, for train_net.py as for anyone."""
+"""tools/export.py checkpoint: the exported file is the student, for train_net.py as for anyone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from .runs import ROOT, average_precision, checkpoint, scalars
 
-TOOL = ROOT / "tools" / "export_student.py"
+TOOL = ROOT / "tools" / "export.py"
 
 
 def export(server, weights: Path, output: Path, *options: str) -> Path:
-    server.run(weights, output, *options, script=TOOL).succeeded()
+    server.run("checkpoint", weights, output, *options, script=TOOL).succeeded()
     [written] = output.parent.glob("*")
     return written
 

@@ -48,7 +48,8 @@ class Box2BoxTransform:
         """Boxes (N, 4 k), float32, that (N, 4 k) deltas make of (N, 4) boxes."""
         deltas = deltas.float()  # in half precision the exponential would overflow
         centres, sizes = _centres_and_sizes(boxes.to(deltas.dtype).unsqueeze(1))
-        d = deltas.unflatten(-1, (-1, 4)) / deltas.new_tensor(self.weights)
+        # No -1, which ONNX could not resolve for no boxes.
+        d = deltas.unflatten(-1, (deltas.shape[-1] // 4, 4)) / deltas.new_tensor(self.weights)
         centres = centres + d[..., :2] * sizes
         half = 0.5 * torch.exp(d[..., 2:].clamp(max=self.scale_clamp)) * sizes
         return torch.cat([centres - half, centres + half], dim=-1).reshape(deltas.shape)

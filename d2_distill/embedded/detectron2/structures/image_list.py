@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import List, Tuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,10 +39,10 @@ class ImageList:
             size_divisibility: round both sides up to a multiple of it, if above 1.
         """
         divisor = max(size_divisibility, 1)
-        image_sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in tensors]
-        padded = [-(-max(sides) // divisor) * divisor for sides in zip(*image_sizes)]
-        batch = tensors[0].new_full((len(tensors), *tensors[0].shape[:-2], *padded), pad_value)
-        images = ImageList(batch, image_sizes)
-        for i, image in enumerate(tensors):
-            images[i].copy_(image)
-        return images
+        image_sizes = [(image.shape[-2], image.shape[-1]) for image in tensors]
+        height, width = ((max(sides) + divisor - 1) // divisor * divisor for sides in zip(*image_sizes))
+        batch = [
+            F.pad(image, (0, width - w, 0, height - h), value=pad_value)
+            for image, (h, w) in zip(tensors, image_sizes)
+        ]
+        return ImageList(torch.stack(batch), image_sizes)

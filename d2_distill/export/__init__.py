@@ -1,0 +1,1 @@
+"""Detectors in forms that run without this project: checkpoints, TorchScript and ONNX files."""
