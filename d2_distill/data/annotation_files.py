@@ -25,29 +25,33 @@ _SINGULAR = {"images": "image", "annotations": "annotation", "categories": "cate
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def coco_class_names(json_file: str, *, source: str) -> list[str]:
+def coco_class_names(json_file: str, *, source: str, evaluated: bool = False) -> list[str]:
     """Class names of a COCO instance annotation file, in the order of their category ids.
 
     Args:
         json_file: path of the file.
+        evaluated: whether annotations need what COCO's evaluation reads besides, ``area`` and ``iscrowd``.
         source: who names the file, e.g. ``"DATASETS.COCO (data set 'mine')"``; the errors begin with it.
 
     Raises:
         UserError: the file is missing, is not JSON, or is not a consistent COCO instance annotation file.
     """
-    sections = _coco_sections(json_file, refusing(source))
+    sections = _coco_sections(json_file, refusing(source), evaluated)
     return [category["name"] for category in sections["categories"]]
 
 
-def read_coco(json_file: str, image_root: str, found: Found) -> tuple[list[dict], list[str]]:
+def read_coco(
+    json_file: str, image_root: str, found: Found, *, evaluated: bool
+) -> tuple[list[dict], list[str]]:
     """Records in Detectron2's standard form, and the class names, of a COCO instance annotation file.
 
     What is malformed is told and left out. Annotations keep their ``id``.
 
     Args:
         found: takes each problem.
+        evaluated: see :func:`coco_class_names`.
     """
-    sections = _coco_sections(json_file, found)
+    sections = _coco_sections(json_file, found, evaluated)
     class_of = {category["id"]: index for index, category in enumerate(sections["categories"])}
     records = {
         image["id"]: {
@@ -70,7 +74,7 @@ def read_coco(json_file: str, image_root: str, found: Found) -> tuple[list[dict]
     return list(records.values()), [category["name"] for category in sections["categories"]]
 
 
-def _coco_sections(json_file: str, found: Found) -> dict[str, list[dict]]:
+def _coco_sections(json_file: str, found: Found, evaluated: bool) -> dict[str, list[dict]]:
     """The usable entries of each section; categories in the order of their ids."""
     sections = {name: [] for name in _COCO_SECTIONS}
     content = _read_json(json_file, found)
@@ -94,6 +98,11 @@ def _coco_sections(json_file: str, found: Found) -> dict[str, list[dict]]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         tell(problems.REPEATED_CLASS, f"'categories' has the name {name!r} twice")
     sections["annotations"] = _linked_annotations(sections, content, tell)
+    for row in sections["annotations"] if evaluated else ():
+        missing = [field for field in ("area", "iscrowd") if not isinstance(row.get(field), (int, float))]
+        if missing:
+            fault = f"annotation {row['id']} has no number as {missing[0]!r}, which COCO's evaluation needs"
+            tell(problems.NOT_EVALUABLE, fault)
     return sections
 
 

@@ -69,6 +69,9 @@ UNKNOWN_CATEGORY = Kind("annotations of unknown categories", "add the category o
 UNKNOWN_CLASS = Kind("objects of unknown classes", "add it there or correct the file")
 UNKNOWN_IMAGE = Kind("annotations of unknown images", "add the image or remove the annotation")
 IGNORED = Kind("annotations with 'ignore' set", "use 'iscrowd' or remove it")
+NOT_EVALUABLE = Kind(
+    "annotations that cannot be evaluated on", "add it: width times height of the box as 'area', and 0 as 'iscrowd'"
+)
 MALFORMED_RECORD = Kind("malformed records", "correct the function that loads the data set")
 NO_LOADING = Kind("data sets that cannot be loaded", "correct its files")
 EMPTY = Kind("empty data sets", "correct its annotation file or split, or name another data set")

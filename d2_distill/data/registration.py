@@ -116,7 +116,7 @@ def _register_coco(row, cfg) -> None:
     if _is_registered(name, identity, key="DATASETS.COCO"):
         return
     source = f"DATASETS.COCO (data set {name!r})"
-    class_names = coco_class_names(json_file, source=source)
+    class_names = coco_class_names(json_file, source=source, evaluated=name in cfg.DATASETS.TEST)
     if not os.path.isdir(image_root):
         raise UserError(
             f"{source}: the image folder {image_root} is missing; correct its path, which is relative to "

@@ -12,6 +12,7 @@ from PIL import Image
 
 from d2_distill.data import problems
 from d2_distill.data.inspection import inspect_annotations, inspect_images, samples
+from d2_distill.data.registration import register_datasets
 from d2_distill.data.statistics import class_table, set_table
 from d2_distill.errors import UserError
 
@@ -180,6 +181,21 @@ def test_no_box_to_learn_from(tmp_path):
     assert problems.NOTHING_TO_LEARN not in kinds(inspected(row, train=(), test=(row[0],))[0])
 
 
+def test_what_evaluation_needs(tmp_path):
+    def edit(content):
+        del content["annotations"][0]["area"]
+        content["annotations"][1]["iscrowd"] = None
+
+    row = write_coco(tmp_path, sizes=(WIDE,) * 3, edit=edit)
+    [trained], [tested] = inspected(row), inspected(row, train=(), test=(row[0],))
+    assert trained.problems == []
+    first, second = sentences(tested, problems.NOT_EVALUABLE)
+    assert "annotation 1 has no number as 'area'" in first and "annotation 2 has no number as 'iscrowd'" in second
+    with pytest.raises(UserError, match="DATASETS.COCO .* annotation 1 has no number as 'area', .*; add it: width times"):
+        register_datasets(small_cfg(DATASETS__COCO=(row,), DATASETS__TEST=(row[0],)))
+    register_datasets(small_cfg(DATASETS__COCO=(row,)))
+
+
 def test_everything_in_a_voc_folder_is_told(tmp_path):
     good = [("cat", 3, 4, 10, 9)]
     row = write_voc(tmp_path, objects=(good, good, good, [("cow", 1, 1, 9, 9), ("dog", 1, "x", 9, 9)], good))
@@ -240,7 +256,6 @@ def test_no_data_set():
 
 def test_the_first_error_is_what_training_refuses(tmp_path):
     """One implementation of the rules."""
-    from d2_distill.data.registration import register_datasets
 
     def edit(content):
         content["annotations"][1]["category_id"] = 7
