@@ -11,6 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from d2_distill import provider
 from d2_distill.class_mapping import describe, match_classes
 from d2_distill.detectors.regions import StagedRegions
 from d2_distill.distiller import Distiller
@@ -154,6 +155,25 @@ def test_detections_are_the_selected_ones(models):
         assert torch.tensor(KEPT)[found.pred_classes].tolist() == expected.pred_classes.tolist()
         torch.testing.assert_close(found.scores, expected.scores)
         torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+@pytest.mark.skipif(provider.name() == "embedded", reason="the embedded Detectron2 has no masks")
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_masks_are_the_selected_ones(agnostic):
+    masks = {"NAME": "MaskRCNNConvUpsampleHead", "NUM_CONV": 1, "CONV_DIM": 8, "POOLER_RESOLUTION": 7}
+    keys = {f"ROI_MASK_HEAD__{key}": value for key, value in masks.items()}
+    cfg = detector_cfg(
+        "GeneralizedRCNN", **SUPERSET, **keys, ROI_MASK_HEAD__CLS_AGNOSTIC_MASK=agnostic, MASK_ON=True,
+        ROI_HEADS__SCORE_THRESH_TEST=0.0,
+    )
+    cfg.TEST.DETECTIONS_PER_IMAGE = 100000
+    model = build(cfg, salt=2).eval()
+    with torch.no_grad():
+        expected = model(batch())[0]["instances"]
+        stage_detector(model).keep_classes(KEPT)
+        found = model(batch())[0]["instances"]
+    expected = expected[torch.isin(expected.pred_classes, torch.tensor(KEPT))]
+    assert len(found) == len(expected) > 0 and torch.equal(found.pred_masks, expected.pred_masks)
 
 
 @pytest.mark.parametrize("case", CASES)
