@@ -61,12 +61,12 @@ def _shortened(sentence: str, inspection: Inspection) -> str:
 def draw(inspection: Inspection, folder: Path, number: int) -> None:
     """Write some images of a data set with their boxes; crowds are left out."""
     folder.mkdir(parents=True, exist_ok=True)
-    for record, image in samples(inspection, number):
+    for index, (record, image) in enumerate(samples(inspection, number), start=1):
         truth = ground_truth(record)
-        labels = [name_of(index, inspection.class_names) for index in truth.gt_classes]
-        colors = [class_color(int(index)) for index in truth.gt_classes]
+        labels = [name_of(category, inspection.class_names) for category in truth.gt_classes]
+        colors = [class_color(int(category)) for category in truth.gt_classes]
         picture = draw_boxes(image, truth.gt_boxes.tensor, labels, colors)
-        write_picture(picture, folder / f"{inspection.name}_{Path(record['file_name']).stem}.jpg")
+        write_picture(picture, folder / f"{inspection.name}_{index:02d}_{Path(record['file_name']).stem}.jpg")
 
 
 def run(args: argparse.Namespace) -> bool:

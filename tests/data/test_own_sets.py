@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2_distill.data.own_sets import add_data_arguments, name_data
 from d2_distill.data.registration import register_datasets
+from d2_distill.engine.setup import load_config
 from d2_distill.errors import UserError
 
 from .small_sets import CLASSES, small_cfg, write_coco, write_voc
@@ -94,3 +95,19 @@ def test_paths_that_do_not_exist(folder, words, sentence):
     write_coco(folder / "work" / "a")
     with pytest.raises(UserError, match=sentence):
         name_data(small_cfg(), [words], [])
+
+
+@pytest.mark.parametrize("kind", ["COCO", "VOC"])
+def test_pure_overrides_do_the_same(folder, kind):
+    """The rows as text, as on a command line."""
+    name = folder.name
+    if kind == "COCO":
+        write_coco(folder / "datasets" / "a", classes=("cat", "cow", "dog"))
+        row = f"('{name}','a/set.json','a/images')"
+    else:
+        write_voc(folder / "datasets" / "a", objects=([("cat", 3, 4, 10, 9), ("cow", 3, 4, 9, 9), ("dog", 3, 4, 9, 9)],))
+        row = f"('{name}','a','train',(),2012)"
+    sets = [f"DATASETS.{kind}", f"({row},)", "DATASETS.TRAIN", f"('{name}',)", "MODEL.DEVICE", "cpu"]
+    cfg = load_config("", [*sets, "MODEL.META_ARCHITECTURE", "RetinaNet"])
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 3 and cfg.DATASETS.CLASSES == ("cat", "cow", "dog")
+    assert name in DatasetCatalog.list()
