@@ -26,8 +26,8 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
-from d2_distill.data.checks import check_dataset
-from d2_distill.data.registration import declared_names, register_datasets
+from d2_distill.data.checks import check_datasets
+from d2_distill.data.registration import register_datasets
 from d2_distill.engine.evaluate import load_student
 from d2_distill.engine.setup import load_config
 from d2_distill.errors import UserError
@@ -70,9 +70,8 @@ def choose_data_set(cfg: CfgNode, split: str) -> str:
     key = f"DATASETS.{split.upper()}"
     if not cfg.DATASETS[split.upper()]:
         raise UserError(f"{key} is empty; name a data set there, or choose the other one by --on.")
-    name = cfg.DATASETS[split.upper()][0]
-    check_dataset(name, key=key, strict=name in declared_names(cfg))
-    return name
+    check_datasets(cfg, train=split == "train")
+    return cfg.DATASETS[split.upper()][0]
 
 
 @contextlib.contextmanager

@@ -45,7 +45,11 @@ def _coco_file(records: Sequence[Dict[str, Any]], facts: Dict[str, Any], folder:
         content = json.load(file)
     ids = {record["image_id"] for record in records}
     content["images"] = [row for row in content["images"] if row["id"] in ids]
-    content["annotations"] = [row for row in content["annotations"] if row["image_id"] in ids]
+    # Files to train on may lack what the evaluation reads.
+    content["annotations"] = [
+        {"iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3], **row}
+        for row in content["annotations"] if row["image_id"] in ids
+    ]
     path = os.path.join(folder, "instances.json")
     with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file)
