@@ -1,4 +1,4 @@
-"""The error that is the user's to mend."""
+"""The errors that are the user's to mend."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     ``train_net.py`` and the tools print it without a traceback and exit with status 1.
     """
+
+
+class PairError(UserError):
+    """A method cannot serve this student with this teacher, or without one, whatever the method's own keys are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import DISTILL_METHOD_REGISTRY, DistillMethod, build_methods, list_methods
+from .base import DISTILL_METHOD_REGISTRY, DistillMethod, build_methods, list_methods, refusals
 from .cross_head import CrossKD
 from .cross_roi import CrossKDRoI
 from .feature_imitation import FeatureImitation
@@ -17,6 +17,7 @@ __all__ = [
     "DistillMethod",
     "build_methods",
     "list_methods",
+    "refusals",
     "CrossKD",
     "CrossKDRoI",
     "FeatureImitation",

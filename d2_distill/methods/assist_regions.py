@@ -13,7 +13,7 @@ from torch import nn
 from ..assistants.region import RegionAssistant, region_features
 from ..detectors.regions import RegionStage, StagedRegions
 from ..detectors.stock import RCNNRun
-from ..errors import UserError
+from ..errors import PairError, UserError
 from ..proposals import DenseProposer
 from ..staged import DenseRun, Run, StagedDense, StagedDetector, Tap
 from ..teacher import Teacher
@@ -123,7 +123,7 @@ class SharedRegions(RegionSetting):
     def build(cls, cfg: CfgNode, student: StagedDetector, teacher: Optional[Teacher]) -> "SharedRegions":
         node, cross = cfg.MODEL.DISTILL.HEAD, None
         if student.regions is None:
-            raise UserError(
+            raise PairError(
                 f"HEAD cannot use the student's RoI heads {type(student.model.roi_heads).__name__}: they must be "
                 "StandardROIHeads with boxes only; set MODEL.ROI_HEADS.NAME to 'StandardROIHeads', and MODEL.MASK_ON, "
                 "MODEL.KEYPOINT_ON and MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES to False."
@@ -176,7 +176,7 @@ def _same_strides(student: StagedDetector, other: StagedDetector) -> List[str]:
     wanted = {theirs[name].stride for name in other.model.roi_heads.box_in_features}
     names = [name for name, shape in ours.items() if shape.stride in wanted]
     if len(names) < len(wanted):
-        raise UserError(
+        raise PairError(
             f"HEAD's assistant reads the strides of the teacher's RoI head, {sorted(wanted)}, but the student has "
             f"{[shape.stride for shape in ours.values()]} only; name its features in {KEY}.IN_FEATURES."
         )

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from torch import nn
 
-from ..errors import UserError
+from ..errors import PairError, UserError
 from ..schedules import is_constant
 from ..staged import Run, StagedDetector, Taps
 from ..teacher import Teacher
@@ -34,10 +34,23 @@ class DistillMethod(nn.Module):
             name -> its own.
     """
 
+    # Term -> the config key of its weight, below MODEL.DISTILL.
+    WEIGHT_KEYS: Dict[str, str] = {}
+
     def __init__(self, *, weights: Dict[str, float], schedule: Union[Schedule, Mapping[str, Schedule]]) -> None:
         super().__init__()
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.schedules = schedule if isinstance(schedule, Mapping) else dict.fromkeys(self.weights, schedule)
+
+    @classmethod
+    def configured_weights(cls, cfg: CfgNode) -> Dict[str, float]:
+        """Weight of each term of ``WEIGHT_KEYS``."""
+        weights = {}
+        for term, key in cls.WEIGHT_KEYS.items():
+            weights[term] = cfg.MODEL.DISTILL
+            for name in key.split("."):
+                weights[term] = weights[term][name]
+        return weights
 
     def taps(self) -> Taps:
         """Places in the towers that the method reads from the ``taps`` of both runs, by branch."""
@@ -65,7 +78,8 @@ def build_methods(cfg: CfgNode, student: StagedDetector, teacher: Optional[Teach
     """The methods of ``MODEL.DISTILL.METHODS``, by name, without those whose weights are all 0.
 
     Raises:
-        UserError: a name is unknown or given twice, or a method cannot serve this pair of detectors.
+        UserError: a name is unknown or given twice, or a method's key has a wrong value.
+        PairError: a method cannot serve this pair of detectors; it names those that can.
     """
     names = list(cfg.MODEL.DISTILL.METHODS)
     methods = nn.ModuleDict()
@@ -77,8 +91,38 @@ def build_methods(cfg: CfgNode, student: StagedDetector, teacher: Optional[Teach
         if names.count(name) > 1:
             raise UserError(f"MODEL.DISTILL.METHODS has {name!r} twice; name each once and raise its weight.")
         method_class = DISTILL_METHOD_REGISTRY.get(name)
-        method = method_class(**method_class.from_config(cfg, student, teacher))
+        try:
+            arguments = method_class.from_config(cfg, student, teacher)
+        except PairError as error:
+            raise PairError(f"{error} {_alternatives(cfg, student, teacher)}") from None
+        method = method_class(**arguments)
         # The adapters of a method that is switched off would be parameters without gradient.
         if method.weights:
             methods[name] = method
     return methods
+
+
+def refusals(
+    cfg: CfgNode, student: StagedDetector, teacher: Optional[Teacher]
+) -> Dict[str, Optional[UserError]]:
+    """Of every registered method, why it refuses a pair of detectors under a config; None where it does not.
+
+    The methods' own ``from_config`` are asked. Random numbers that they draw are given back.
+    """
+    found: Dict[str, Optional[UserError]] = {}
+    with torch.random.fork_rng(devices=[]):
+        for name in list_methods():
+            try:
+                DISTILL_METHOD_REGISTRY.get(name).from_config(cfg, student, teacher)
+                found[name] = None
+            except UserError as error:
+                found[name] = error
+            except Exception as error:  # of a method in a user's file, whose keys only its own configs have
+                found[name] = UserError(f"{name} fails on this pair: {type(error).__name__}: {error}")
+    return found
+
+
+def _alternatives(cfg: CfgNode, student: StagedDetector, teacher: Optional[Teacher]) -> str:
+    serving = [name for name, refusal in refusals(cfg, student, teacher).items() if refusal is None]
+    whom = "this student without a teacher" if teacher is None else "this pair"
+    return f"Methods that serve {whom}: {', '.join(serving)}." if serving else f"No method serves {whom}."

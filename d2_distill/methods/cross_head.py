@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes
 from torch import nn
 
-from ..errors import UserError
+from ..errors import PairError, UserError
 from ..geometry import distances_to_sides
 from ..losses import (
     BOX_LOSSES,
@@ -70,6 +70,12 @@ class CrossKD(DistillMethod):
         adapters: branch -> channels of the student's and of the teacher's tap, where they differ.
     """
 
+    WEIGHT_KEYS = {
+        "loss_crosskd_cls": "CROSSKD.CLS_WEIGHT",
+        "loss_crosskd_box": "CROSSKD.BOX_WEIGHT",
+        "loss_crosskd_centerness": "CROSSKD.CENTERNESS_WEIGHT",
+    }
+
     def __init__(
         self,
         *,
@@ -103,11 +109,7 @@ class CrossKD(DistillMethod):
         require_same_classes(student, teacher, "CrossKD")
         if node.CENTERNESS_WEIGHT:
             _check_centerness(student, teacher.staged)
-        weights = {
-            "loss_crosskd_cls": node.CLS_WEIGHT,
-            "loss_crosskd_box": node.BOX_WEIGHT,
-            "loss_crosskd_centerness": node.CENTERNESS_WEIGHT,
-        }
+        weights = cls.configured_weights(cfg)
         used = {teacher.staged.predictors[OUTPUTS[term]][0] for term, weight in weights.items() if weight}
         taps = {branch: _tap(node, branch, student, teacher.staged) for branch in sorted(used)}
         channels = {
@@ -230,10 +232,9 @@ def _check_values(node) -> None:
 def _check_pair(student: StagedDetector, teacher: StagedDetector) -> None:
     for side, detector in (("student", student), ("teacher", teacher)):
         if not isinstance(detector, StagedDense):
-            raise UserError(
+            raise PairError(
                 f"CrossKD cannot use the {side} {detector.kind} (student {student.kind}, teacher "
-                f"{teacher.kind}); both must be one-stage detectors. CrossKDRoI is for two-stage ones; PKD "
-                "and FeatureImitation work for any pair."
+                f"{teacher.kind}); both must be one-stage detectors."
             )
     require_same_strides(student, teacher, "CrossKD")
 

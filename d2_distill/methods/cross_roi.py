@@ -10,7 +10,7 @@ from detectron2.modeling.roi_heads import StandardROIHeads
 
 from ..detectors.regions import StagedRegions
 from ..detectors.stock import RCNNRun, StagedRCNN
-from ..errors import UserError
+from ..errors import PairError, UserError
 from ..losses import kd_kl_div_loss, weighted_mean
 from ..schedules import build_schedule
 from ..staged import StagedDetector
@@ -37,6 +37,11 @@ class CrossKDRoI(DistillMethod):
         temperature: of both class distributions.
     """
 
+    WEIGHT_KEYS = {
+        "loss_crosskd_roi_cls": "CROSSKD_ROI.CLS_WEIGHT",
+        "loss_crosskd_roi_box": "CROSSKD_ROI.BOX_WEIGHT",
+    }
+
     def __init__(self, *, levels: Dict[str, str], temperature: float, **kwargs) -> None:
         super().__init__(**kwargs)
         self.levels = levels
@@ -53,7 +58,7 @@ class CrossKDRoI(DistillMethod):
         return {
             "levels": _match_levels(student, teacher.staged),
             "temperature": node.TEMPERATURE,
-            "weights": {"loss_crosskd_roi_cls": node.CLS_WEIGHT, "loss_crosskd_roi_box": node.BOX_WEIGHT},
+            "weights": cls.configured_weights(cfg),
             "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.CROSSKD_ROI.SCHEDULE"),
         }
 
@@ -78,15 +83,14 @@ def _require_standard_heads(student: StagedDetector, teacher: StagedDetector) ->
     for side, detector in (("student", student), ("teacher", teacher)):
         heads = detector.model.roi_heads if isinstance(detector, StagedRCNN) else None
         if not isinstance(heads, StandardROIHeads):
-            raise UserError(
+            raise PairError(
                 f"CrossKDRoI cannot use the {side} {detector.kind} (student {student.kind}, teacher {teacher.kind}); "
-                "both must be GeneralizedRCNN with MODEL.ROI_HEADS.NAME 'StandardROIHeads'. CrossKD serves one-stage "
-                "detectors, PKD and FeatureImitation any pair."
+                "both must be GeneralizedRCNN with MODEL.ROI_HEADS.NAME 'StandardROIHeads'."
             )
     if StagedRegions(teacher.model.roi_heads).num_stages > 1:
-        raise UserError(
+        raise PairError(
             "CrossKDRoI cannot use a teacher with a cascade of box heads; choose one whose MODEL.ROI_HEADS.NAME is "
-            "'StandardROIHeads', or PKD or FeatureImitation."
+            "'StandardROIHeads'."
         )
 
 
@@ -98,13 +102,13 @@ def _match_levels(student: StagedDetector, teacher: StagedDetector) -> Dict[str,
     for name in teacher.model.roi_heads.box_in_features:
         stride, channels = theirs[name].stride, theirs[name].channels
         if stride not in by_stride:
-            raise UserError(
+            raise PairError(
                 f"CrossKDRoI: the teacher's RoI head reads {name!r} of stride {stride}, and the student has strides "
                 f"{sorted(by_stride)} only; make MODEL.FPN.IN_FEATURES of both equal."
             )
         levels[name] = by_stride[stride]
         if ours[levels[name]].channels != channels:
-            raise UserError(
+            raise PairError(
                 f"CrossKDRoI feeds the student's features to the teacher's RoI head, but the student's "
                 f"{levels[name]} has {ours[levels[name]].channels} channels and the teacher's {name} has {channels}; "
                 "give both the same MODEL.FPN.OUT_CHANNELS."

@@ -48,6 +48,8 @@ class FeatureImitation(DistillMethod):
         region: None for whole maps.
     """
 
+    WEIGHT_KEYS = {"loss_imitation": "IMITATION.WEIGHT"}
+
     def __init__(
         self,
         *,
@@ -75,7 +77,7 @@ class FeatureImitation(DistillMethod):
             "pairs": pairs,
             "adapt": node.ADAPTER,
             "region": build_region(cfg, node.REGION, student, teacher),
-            "weights": {"loss_imitation": node.WEIGHT},
+            "weights": cls.configured_weights(cfg),
             "schedule": build_schedule(node.SCHEDULE, f"{KEY}.SCHEDULE"),
         }
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, Dict, Optional, Type
 
 import torch
+from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.utils.events import get_event_storage
 
 from ..detectors.stock import StagedRCNN
-from ..errors import UserError
+from ..errors import PairError, UserError
 from ..schedules import build_schedule
 from ..staged import Run, StagedDense, StagedDetector
 from ..teacher import Teacher
@@ -19,6 +20,7 @@ from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import require_same_classes, require_teacher
 
 KEY = "MODEL.DISTILL.HEAD"
+PARTS = ("ASSIST", "AKD", "CKD")
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -40,6 +42,8 @@ class HEAD(DistillMethod):
         setting: how it serves the pair; owns the assistant.
     """
 
+    WEIGHT_KEYS = {f"loss_{part.lower()}": f"HEAD.{part}_WEIGHT" for part in PARTS}
+
     def __init__(self, *, setting: AssistSetting, **kwargs) -> None:
         super().__init__(**kwargs)
         self.setting = setting
@@ -55,14 +59,10 @@ class HEAD(DistillMethod):
             require_same_classes(student, teacher, "HEAD with ASSISTANT_INIT 'teacher'")
         return {
             "setting": setting.build(cfg, student, teacher),
-            "weights": {
-                "loss_assist": node.ASSIST_WEIGHT,
-                "loss_akd": node.AKD_WEIGHT,
-                "loss_ckd": node.CKD_WEIGHT,
-            },
+            "weights": cls.configured_weights(cfg),
             "schedule": {
                 f"loss_{part.lower()}": build_schedule(node[f"{part}_SCHEDULE"], f"{KEY}.{part}_SCHEDULE")
-                for part in ("ASSIST", "AKD", "CKD")
+                for part in PARTS
             },
         }
 
@@ -93,12 +93,18 @@ def _check_values(node) -> None:
 
 def _choose(student: StagedDetector, teacher: Optional[Teacher]) -> Type[AssistSetting]:
     """The setting for a pair of these kinds."""
+    if teacher is not None and isinstance(teacher.staged, StagedRCNN):
+        roi_heads = teacher.staged.model.roi_heads
+        if not isinstance(roi_heads, StandardROIHeads):
+            raise PairError(
+                f"HEAD cannot use the teacher's RoI heads {type(roi_heads).__name__}; choose a teacher whose "
+                "MODEL.ROI_HEADS.NAME is 'StandardROIHeads' or 'CascadeROIHeads'."
+            )
     if isinstance(student, StagedRCNN):
         if teacher is not None and not isinstance(teacher.staged, StagedRCNN):
-            raise UserError(
+            raise PairError(
                 f"HEAD cannot use the student {student.kind} with the teacher {teacher.staged.kind}: a two-stage "
-                "student needs a two-stage teacher, while a one-stage student may have either kind; PKD and "
-                "FeatureImitation work for any pair."
+                "student needs a two-stage teacher, while a one-stage student may have either kind."
             )
         return SharedRegions
     if teacher is not None and isinstance(teacher.staged, StagedDense):

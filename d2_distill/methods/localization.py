@@ -9,7 +9,7 @@ import torch
 from detectron2.structures import Boxes
 
 from ..assigners import atss_thresholds
-from ..errors import UserError
+from ..errors import PairError, UserError
 from ..losses import kd_kl_div_loss
 from ..regions import VALUABLE_OVERLAPS, inside_boxes, valuable_region
 from ..schedules import build_schedule
@@ -17,6 +17,8 @@ from ..staged import DenseRun, StagedDense
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import require_same_classes, require_same_outputs, require_teacher
 
+# Term -> its node of MODEL.DISTILL.LD.
+NODES = {"loss_ld": "MAIN_LD", "loss_ld_vlr": "VLR_LD", "loss_kd": "MAIN_KD", "loss_kd_vlr": "VLR_KD"}
 Rows = Tuple[torch.Tensor, torch.Tensor]  # image and anchor index of each row
 
 
@@ -77,6 +79,8 @@ class LD(DistillMethod):
         valuable: how the valuable localisation region is found.
     """
 
+    WEIGHT_KEYS = {term: f"LD.{name}.WEIGHT" for term, name in NODES.items()}
+
     def __init__(
         self,
         *,
@@ -106,7 +110,7 @@ class LD(DistillMethod):
         ):
             if value not in choices:
                 raise UserError(f"{key}.{name} is {value!r}; choose from {', '.join(choices)}.")
-        for name in ("MAIN_LD", "VLR_LD", "MAIN_KD", "VLR_KD"):
+        for name in NODES.values():
             if node[name].TEMPERATURE <= 0:
                 raise UserError(
                     f"{key}.{name}.TEMPERATURE is {node[name].TEMPERATURE}; it must be positive."
@@ -116,12 +120,7 @@ class LD(DistillMethod):
     @staticmethod
     def arguments(node, student: StagedDense) -> Dict[str, Any]:
         """Constructor arguments from a checked ``MODEL.DISTILL.LD``."""
-        terms = {
-            "loss_ld": node.MAIN_LD,
-            "loss_ld_vlr": node.VLR_LD,
-            "loss_kd": node.MAIN_KD,
-            "loss_kd_vlr": node.VLR_KD,
-        }
+        terms = {term: node[name] for term, name in NODES.items()}
         region = node.VLR.REGION
         return {
             "temperatures": {term: entry.TEMPERATURE for term, entry in terms.items()},
@@ -187,13 +186,13 @@ class LD(DistillMethod):
 def _check_pair(student, teacher, on_boxes: bool) -> None:
     for side, detector in (("student", student), ("teacher", teacher)):
         if not isinstance(detector, StagedDense) or (on_boxes and detector.reg_max is None):
-            raise UserError(
+            raise PairError(
                 f"LD cannot use the {side} {detector.kind} (student {student.kind}, teacher {teacher.kind}): it "
                 "distils boxes that are predicted as distributions; use GFL or GFLv2, or ATSS, OpenMMLabFCOS or "
                 "OpenMMLabRetinaNet with REG_MAX above 0 in MODEL.ATSS, MODEL.FCOS or MODEL.RETINANET."
             )
     if on_boxes and student.reg_max != teacher.reg_max:
-        raise UserError(
+        raise PairError(
             f"LD compares distributions bin by bin, but the student's REG_MAX is {student.reg_max} and the "
             f"teacher's {teacher.reg_max}; make them equal."
         )

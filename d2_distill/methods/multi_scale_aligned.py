@@ -31,6 +31,8 @@ class MSAD(DistillMethod):
         pairs: maps that are compared.
     """
 
+    WEIGHT_KEYS = {"loss_msad": "MSAD.WEIGHT"}
+
     def __init__(self, *, pairs: List[FeaturePair], **kwargs) -> None:
         super().__init__(**kwargs)
         self.pairs = pairs
@@ -43,7 +45,7 @@ class MSAD(DistillMethod):
         require_same_channels(pairs, "MSAD")
         return {
             "pairs": pairs,
-            "weights": {"loss_msad": node.WEIGHT},
+            "weights": cls.configured_weights(cfg),
             "schedule": build_schedule(node.SCHEDULE, f"{KEY}.SCHEDULE"),
         }
 

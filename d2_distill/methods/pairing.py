@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import List, Optional, Sequence
 
 from .. import class_mapping
-from ..errors import UserError
+from ..errors import PairError, UserError
 from ..staged import StagedDense, StagedDetector
 from ..teacher import Teacher
 
@@ -32,7 +32,8 @@ def pair_features(
         key: config key of ``in_features``, for error messages.
 
     Raises:
-        UserError: a feature is unknown or has no counterpart, or there is no common stride at all.
+        UserError: a feature is unknown or has no counterpart.
+        PairError: there is no common stride at all.
     """
     ours, theirs = student.feature_shapes(), teacher.feature_shapes()
     by_stride = {shape.stride: name for name, shape in theirs.items()}
@@ -46,7 +47,7 @@ def pair_features(
             )
     names = list(in_features) or [name for name, shape in ours.items() if shape.stride in by_stride]
     if not names:
-        raise UserError(
+        raise PairError(
             f"{key}: the student ({student.kind}, strides {[s.stride for s in ours.values()]}) and the "
             f"teacher ({teacher.kind}, strides {sorted(by_stride)}) have no feature map of the same stride; "
             "use feature pyramids with common levels (MODEL.FPN.IN_FEATURES)."
@@ -62,17 +63,16 @@ def require_same_channels(pairs: Sequence[FeaturePair], method: str) -> None:
     """Maps can be compared channel by channel."""
     for pair in pairs:
         if pair.student_channels != pair.teacher_channels:
-            raise UserError(
+            raise PairError(
                 f"{method} compares channel by channel, but the student's {pair.student} has "
                 f"{pair.student_channels} channels and the teacher's {pair.teacher} has "
-                f"{pair.teacher_channels}; give both the same MODEL.FPN.OUT_CHANNELS, or use "
-                "FeatureImitation, which adapts them."
+                f"{pair.teacher_channels}; give both the same MODEL.FPN.OUT_CHANNELS."
             )
 
 
 def require_teacher(teacher: Optional[Teacher], method: str) -> Teacher:
     if teacher is None:
-        raise UserError(f"{method} needs a teacher; set MODEL.DISTILL.TEACHER.CONFIG_FILE and .WEIGHTS.")
+        raise PairError(f"{method} needs a teacher; set MODEL.DISTILL.TEACHER.CONFIG_FILE and .WEIGHTS.")
     return teacher
 
 
@@ -81,7 +81,7 @@ def require_same_strides(student: StagedDense, teacher: StagedDense, method: str
     ours = [shape.stride for shape in student.feature_shapes().values()]
     theirs = [shape.stride for shape in teacher.feature_shapes().values()]
     if ours != theirs:
-        raise UserError(
+        raise PairError(
             f"{method} compares predictions location by location, but the student's head reads strides "
             f"{ours} and the teacher's {theirs}; give both heads the same IN_FEATURES."
         )
@@ -99,7 +99,7 @@ def require_same_outputs(student: StagedDense, teacher: StagedDense, method: str
     """Predictions can be compared one by one: same anchors on the same levels."""
     require_same_strides(student, teacher, method)
     if not same_anchors(student, teacher):
-        raise UserError(
+        raise PairError(
             f"{method} compares predictions anchor by anchor, but the anchors of the student ({student.kind}) and the "
             f"teacher ({teacher.kind}) differ; make their MODEL.ANCHOR_GENERATOR or ANCHOR_SCALE equal."
         )
@@ -108,17 +108,15 @@ def require_same_outputs(student: StagedDense, teacher: StagedDense, method: str
 def require_same_classes(student: StagedDetector, teacher: Teacher, method: str) -> None:
     """Class k means the same on both sides, as far as their names are known."""
     if teacher.lacks:
-        raise UserError(
+        raise PairError(
             f"{method} compares class scores, but the teacher does not know {len(teacher.lacks)} of the student's "
             f"classes, {', '.join(map(repr, teacher.lacks))} (its own are {class_mapping.listed(teacher.classes)}); "
-            f"name them in {class_mapping.KEY} if it has them under other names, train the teacher on them, or use "
-            "PKD, FeatureImitation of REGION 'whole' or HEAD with ASSISTANT_INIT 'fresh', which need none in common."
+            f"name them in {class_mapping.KEY} if it has them under other names, or train the teacher on them."
         )
     ours, theirs = student.num_classes, teacher.staged.num_classes
     if ours != theirs:
-        raise UserError(
+        raise PairError(
             f"{method} compares class scores, but the student has {ours} classes and the teacher {theirs}; "
             "name the classes of both in DATASETS.CLASSES (the teacher's such as by MODEL.DISTILL.TEACHER.OPTS), so "
-            "that they can be matched, or train the teacher on the student's classes, or use PKD or "
-            "FeatureImitation of REGION 'whole', which need none."
+            "that they can be matched, or train the teacher on the student's classes."
         )

@@ -21,6 +21,8 @@ class PKD(DistillMethod):
     resized.
     """
 
+    WEIGHT_KEYS = {"loss_pkd": "PKD.WEIGHT"}
+
     def __init__(self, *, pairs: List[FeaturePair], **kwargs) -> None:
         super().__init__(**kwargs)
         self.pairs = pairs
@@ -33,7 +35,7 @@ class PKD(DistillMethod):
         require_same_channels(pairs, "PKD")
         return {
             "pairs": pairs,
-            "weights": {"loss_pkd": node.WEIGHT},
+            "weights": cls.configured_weights(cfg),
             "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.PKD.SCHEDULE"),
         }
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..assistants.dense import DenseAssistant, end_channels, tower_ends
 from ..assistants.region import RegionAssistant, region_features
-from ..errors import UserError
+from ..errors import PairError, UserError
 from ..proposals import DenseProposer
 from ..schedules import build_schedule
 from ..staged import DenseRun, Run, StagedDense
@@ -46,6 +46,13 @@ class TFHEAD(DistillMethod):
         proposer: the student as region proposal network, for ``rcnn``.
     """
 
+    WEIGHT_KEYS = {
+        "loss_assist_dense": "TF_HEAD.DENSE_WEIGHT",
+        "loss_assist_rcnn": "TF_HEAD.RCNN_WEIGHT",
+        "loss_cross_dense": "TF_HEAD.CROSS_DENSE_WEIGHT",
+        "loss_cross_rcnn": "TF_HEAD.CROSS_RCNN_WEIGHT",
+    }
+
     def __init__(
         self,
         *,
@@ -65,17 +72,13 @@ class TFHEAD(DistillMethod):
     def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
         node = cfg.MODEL.DISTILL.TF_HEAD
         if not isinstance(student, StagedDense):
-            raise UserError(
+            raise PairError(
                 f"TFHEAD cannot use the student {student.kind}; it must be a one-stage detector "
-                "(MODEL.DISTILL.STUDENT). HEAD, PKD and FeatureImitation serve two-stage students, with a "
-                "teacher."
+                "(MODEL.DISTILL.STUDENT)."
             )
-        weights = {
-            "loss_assist_dense": node.DENSE_WEIGHT if node.DENSE_ASSISTANT else 0.0,
-            "loss_assist_rcnn": node.RCNN_WEIGHT,
-            "loss_cross_dense": node.CROSS_DENSE_WEIGHT,
-            "loss_cross_rcnn": node.CROSS_RCNN_WEIGHT,
-        }
+        weights = cls.configured_weights(cfg)
+        if not node.DENSE_ASSISTANT:
+            weights["loss_assist_dense"] = 0.0
         _check_assistants(node, weights)
         parts: Dict[str, Any] = {}
         if weights["loss_assist_dense"]:

@@ -33,7 +33,7 @@ class Pair:
         cfg = distiller_cfg(case, None, ["CrossKDRoI"], **student, **options)
         self.student = stage_detector(build(detector_cfg(case, **student), salt).train())
         other = detector_cfg(teacher_case, **(TEACHER if teacher is None else teacher))
-        self.teacher = Teacher(build(other, salt=1), input_format="BGR")
+        self.teacher = Teacher(build(other, salt=1), input_format="BGR", cfg=other)
         self.method = build_methods(cfg, self.student, self.teacher)["CrossKDRoI"]
 
     def runs(self, inputs=None):

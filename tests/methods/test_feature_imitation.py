@@ -38,8 +38,8 @@ def imitation(region: str, student: str, teacher: str = "", theirs=None, **overr
     overrides = {f"DISTILL__IMITATION__{key}": value for key, value in overrides.items()}
     overrides["DISTILL__IMITATION__REGION"] = region
     cfg = distiller_cfg(student, None, ["FeatureImitation"], **overrides)
-    ours, model = staged(student), build(detector_cfg(teacher or student, **(theirs or {})))
-    return build_methods(cfg, ours, Teacher(model, input_format="BGR"))["FeatureImitation"]
+    other = detector_cfg(teacher or student, **(theirs or {}))
+    return build_methods(cfg, staged(student), Teacher(build(other), input_format="BGR", cfg=other))["FeatureImitation"]
 
 
 def runs(student: str, teacher: str = "", inputs=None, salt=None):

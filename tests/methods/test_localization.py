@@ -179,8 +179,8 @@ def test_gradient_reaches_the_student_alone(case):
     ],
 )
 def test_refusals(case, teacher_case, overrides, message):
-    cfg = distiller_cfg(case, None, ["LD"], **overrides)
-    teacher = Teacher(build(detector_cfg(teacher_case)), input_format="BGR")
+    cfg, other = distiller_cfg(case, None, ["LD"], **overrides), detector_cfg(teacher_case)
+    teacher = Teacher(build(other), input_format="BGR", cfg=other)
     student = stage_detector(build(detector_cfg(case, **{k: v for k, v in overrides.items() if "GFL" in k})))
     with pytest.raises(UserError, match=message):
         build_methods(cfg, student, teacher)

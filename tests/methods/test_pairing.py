@@ -32,8 +32,9 @@ def methods_of(method, student, teacher, classes=(), **overrides):
     """Build one method for (case, overrides) of student and teacher."""
     (case, ours), (teacher_case, theirs) = student, teacher
     cfg = distiller_cfg(case, None, [method], **{**ours, **overrides})
-    model = build(detector_cfg(teacher_case, **theirs), salt=1)
-    return build_methods(cfg, staged(case, **ours), Teacher(model, input_format="BGR", classes=classes))
+    other = detector_cfg(teacher_case, **theirs)
+    teacher = Teacher(build(other, salt=1), input_format="BGR", classes=classes, cfg=other)
+    return build_methods(cfg, staged(case, **ours), teacher)
 
 
 RETINANET, FCOS, RCNN = ("RetinaNet", {}), ("FCOS", {}), ("GeneralizedRCNN", {})
@@ -90,7 +91,7 @@ def test_pairs_of_different_retinanets(student, teacher):
 
 
 def test_pkd_needs_equal_channels():
-    message = "student's p3 has 16 channels and the teacher's p3 has 32; .*or use FeatureImitation"
+    message = r"student's p3 has 16 channels and the teacher's p3 has 32; .*that serve this pair: FeatureImitation\\.$"
     with pytest.raises(UserError, match=message):
         methods_of("PKD", ("FCOS", {"FPN__OUT_CHANNELS": 16, "FCOS__NORM": ""}), RCNN)
 
