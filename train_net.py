@@ -4,6 +4,7 @@
     python train_net.py --config-file configs/quickstart/distilled.yaml --num-gpus 8
     python train_net.py --config-file configs/quickstart/student.yaml --eval-only MODEL.WEIGHTS student.pth
     python train_net.py --config-file configs/Base-RetinaNet.yaml --train-data train.json images --test-data val.json images
+    python train_net.py --list
 
 ``torchrun train_net.py --config-file ...`` works too. Without a GPU, ``--num-gpus`` counts CPU processes.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
-from d2_distill.engine import Trainer, argument_parser, evaluate, setup, start
+from d2_distill.engine import Trainer, argument_parser, evaluate, list_choices, setup, start
 
 
 def main(args: Any) -> Any:
@@ -26,4 +27,5 @@ def main(args: Any) -> Any:
 
 
 if __name__ == "__main__":
-    start(main, argument_parser(epilog=__doc__).parse_args())
+    args = argument_parser(epilog=__doc__).parse_args()
+    start(list_choices if args.list else main, args)

@@ -362,15 +362,25 @@ def list_staged() -> List[str]:
     return sorted(model_class.__name__ for model_class in _STAGED)
 
 
+def adapter_of(model_class: type) -> Optional[Type[StagedDetector]]:
+    """What runs a class of detectors in stages, if anything does."""
+    for base in model_class.__mro__:
+        if base in _STAGED:
+            return _STAGED[base]
+        if "forward" in vars(base):  # the adapter of what it overrides would run something else
+            return None
+    return None
+
+
 def stage_detector(model: nn.Module) -> StagedDetector:
     """The adapter of a detector, by its most specific registered class.
 
     Raises:
         UserError: no adapter is registered for it.
     """
-    for model_class in type(model).__mro__:
-        if model_class in _STAGED:
-            return _STAGED[model_class](model)
+    adapter = adapter_of(type(model))
+    if adapter is not None:
+        return adapter(model)
     raise UserError(
         f"{type(model).__name__} cannot be distilled: it has no staged adapter; "
         f"choose one of {', '.join(list_staged())} as MODEL.META_ARCHITECTURE / MODEL.DISTILL.STUDENT."

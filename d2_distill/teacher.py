@@ -69,12 +69,29 @@ class Teacher:
         """
         if not cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
             return None
-        teacher_cfg = teacher_config(cfg)
+        teacher = cls._build(cfg, teacher_config(cfg), trained=True)
+        model, weights = teacher.model, teacher.cfg.MODEL.WEIGHTS
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        logger.info(
+            "Teacher: %s with %.1fM parameters from %s, fingerprint %s",
+            teacher.staged.kind, millions, weights, teacher.fingerprint(),
+        )
+        return teacher
+
+    @classmethod
+    def untrained(cls, cfg: CfgNode) -> Optional["Teacher"]:
+        """The same without its weights, which need not exist: to ask what it could teach."""
+        if not cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
+            return None
+        return cls._build(cfg, teacher_config(cfg, trained=False), trained=False)
+
+    @classmethod
+    def _build(cls, cfg: CfgNode, teacher_cfg: CfgNode, *, trained: bool) -> "Teacher":
         model = build_student(teacher_cfg)
-        weights = teacher_cfg.MODEL.WEIGHTS
-        load_exactly(model, weights, key="MODEL.DISTILL.TEACHER.WEIGHTS")
+        if trained:
+            load_exactly(model, teacher_cfg.MODEL.WEIGHTS, key="MODEL.DISTILL.TEACHER.WEIGHTS")
         classes, lacks = _take_classes(cfg, teacher_cfg, stage_detector(model))
-        teacher = cls(
+        return cls(
             model.to(memory_format=torch.channels_last),
             input_format=teacher_cfg.INPUT.FORMAT,
             classes=classes,
@@ -82,12 +99,6 @@ class Teacher:
             cfg=teacher_cfg,
             batch_statistics=cfg.MODEL.DISTILL.TEACHER.BATCH_STATISTICS,
         )
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        logger.info(
-            "Teacher: %s with %.1fM parameters from %s, fingerprint %s",
-            teacher.staged.kind, millions, weights, teacher.fingerprint(),
-        )
-        return teacher
 
     def fingerprint(self) -> str:
         """Hash of the names and bytes of all tensors of the model."""
@@ -137,7 +148,7 @@ class Teacher:
         return [{**inputs, "image": inputs["image"].flip(0)} for inputs in batched_inputs]
 
 
-def teacher_config(cfg: CfgNode) -> CfgNode:
+def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
     """The teacher's own config, from the student's ``MODEL.DISTILL.TEACHER``, with the classes of its own data.
 
     A teacher may come without its data: its config then has to tell the number of classes, or ``DATASETS.CLASSES``.
@@ -146,7 +157,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     config initialises the training with.
 
     Raises:
-        UserError: the config file is missing or not a valid config, or there are no weights.
+        UserError: the config file is missing or not a valid config, or there are no weights although ``trained``.
     """
     node = cfg.MODEL.DISTILL.TEACHER
     source = f"MODEL.DISTILL.TEACHER: {node.CONFIG_FILE} with the overrides OPTS"
@@ -156,9 +167,9 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     if node.WEIGHTS:
         teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS
-    elif not is_file and "MODEL.WEIGHTS" not in node.OPTS[::2]:
+    elif trained and not is_file and "MODEL.WEIGHTS" not in node.OPTS[::2]:
         teacher_cfg.MODEL.WEIGHTS = _from_zoo("get_checkpoint_url", node.CONFIG_FILE)
-    if not teacher_cfg.MODEL.WEIGHTS:
+    if trained and not teacher_cfg.MODEL.WEIGHTS:
         raise UserError(
             "MODEL.DISTILL.TEACHER.WEIGHTS is empty and so is MODEL.WEIGHTS of the teacher's config; "
             "an untrained teacher teaches nothing: name its checkpoint."

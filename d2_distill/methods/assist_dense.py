@@ -6,10 +6,11 @@ from typing import Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
 from ..assistants.dense import DenseAssistant, end_channels, tower_ends
-from ..errors import UserError
+from ..errors import PairError, UserError
 from ..staged import DenseRun, StagedDense, Tap
 from ..teacher import Teacher
 from .assistance import Assistance, AssistSetting, Pair
@@ -46,6 +47,11 @@ class SameLevels(AssistSetting):
     @classmethod
     def build(cls, cfg: CfgNode, student: StagedDense, teacher: Teacher) -> "SameLevels":
         node = cfg.MODEL.DISTILL.HEAD
+        if not isinstance(teacher.model, DenseDetector):
+            raise PairError(
+                f"HEAD cannot use the teacher {teacher.staged.kind}, for which no head of its kind can be built on the "
+                "student's features; choose another one-stage detector, or a two-stage one."
+            )
         require_same_strides(student, teacher.staged, "HEAD")
         names = zip(teacher.staged.feature_shapes(), student.feature_shapes())
         assistant = DenseAssistant.build(

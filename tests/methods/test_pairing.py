@@ -91,7 +91,7 @@ def test_pairs_of_different_retinanets(student, teacher):
 
 
 def test_pkd_needs_equal_channels():
-    message = r"student's p3 has 16 channels and the teacher's p3 has 32; .*that serve this pair: FeatureImitation\\.$"
+    message = r"student's p3 has 16 channels and the teacher's p3 has 32; .*that serve this pair: FeatureImitation\.$"
     with pytest.raises(UserError, match=message):
         methods_of("PKD", ("FCOS", {"FPN__OUT_CHANNELS": 16, "FCOS__NORM": ""}), RCNN)
 
