@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
-from d2_distill.engine import Trainer, argument_parser, evaluate, list_choices, setup, start
+from d2_distill.engine import Trainer, evaluate, list_choices, parse_arguments, setup, start
 
 
 def main(args: Any) -> Any:
@@ -27,5 +27,5 @@ def main(args: Any) -> Any:
 
 
 if __name__ == "__main__":
-    args = argument_parser(epilog=__doc__).parse_args()
+    args = parse_arguments(epilog=__doc__)
     start(list_choices if args.list else main, args)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .arguments import argument_parser, list_choices
+from .arguments import list_choices, parse_arguments
 from .evaluate import evaluate
 from .launch import start
 from .setup import setup
 from .trainer import Trainer
 
-__all__ = ["Trainer", "argument_parser", "evaluate", "list_choices", "setup", "start"]
+__all__ = ["Trainer", "evaluate", "list_choices", "parse_arguments", "setup", "start"]

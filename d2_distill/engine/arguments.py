@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from ..listing import print_choices, print_pair
 
 
-def argument_parser(epilog: str) -> argparse.ArgumentParser:
+def parse_arguments(epilog: str) -> argparse.Namespace:
     """Detectron2's options, and those of this project."""
     parser = default_argument_parser(epilog=epilog)
     parser.add_argument(
@@ -18,7 +18,10 @@ def argument_parser(epilog: str) -> argparse.ArgumentParser:
         action="store_true",
         help="print detectors, backbones, methods and which pairs they serve; with --config-file, of its pair; then end",
     )
-    return parser
+    args = parser.parse_args()
+    if args.list:
+        args.num_gpus = args.num_machines = 1
+    return args
 
 
 def list_choices(args: argparse.Namespace) -> None:

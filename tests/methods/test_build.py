@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from d2_distill.errors import UserError
-from d2_distill.methods import build_methods, list_methods
+import pytest
+import torch
+
+from d2_distill.errors import PairError, UserError
+from d2_distill.methods import DISTILL_METHOD_REGISTRY, build_methods, list_methods, refusals
 from d2_distill.staged import stage_detector
 from d2_distill.teacher import Teacher
 
 from ..small_detectors import build, detector_cfg, distiller_cfg
+
+
+def teacher_of(case: str, **overrides) -> Teacher:
+    cfg = detector_cfg(case, **overrides)
+    return Teacher(build(cfg), input_format="BGR", cfg=cfg)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +27,7 @@ def student():
 
 @pytest.fixture(scope="module")
 def teacher():
-    return Teacher(build(detector_cfg("RetinaNet")), input_format="BGR")
+    return teacher_of("RetinaNet")
 
 
 def test_in_the_order_of_the_config(student, teacher):
@@ -61,3 +69,50 @@ def test_schedules_are_checked(student, teacher, name, node):
     cfg = distiller_cfg("RetinaNet", None, [name], **{key.replace(".", "__"): [["Warmup", -1]]})
     with pytest.raises(UserError, match=rf"MODEL\.{key}\[0\] is"):
         build_methods(cfg, student, teacher)
+
+
+def test_an_impossible_pair_names_the_methods_that_serve_it(student):
+    teacher = teacher_of("GeneralizedRCNN")
+    cfg = distiller_cfg("RetinaNet", None, ["PKD", "LD"])
+    random_state = torch.get_rng_state()
+    with pytest.raises(PairError, match="^LD cannot use the .*RETINANET. Methods that serve this pair: (.*)\\.$") as info:
+        build_methods(cfg, student, teacher)
+    named = str(info.value).rsplit(": ", 1)[1].rstrip(".").split(", ")
+    assert named == ["FeatureImitation", "HEAD", "MSAD", "PKD"]
+    for name, refusal in refusals(cfg, student, teacher).items():
+        alone = distiller_cfg("RetinaNet", None, [name])
+        if name in named:
+            assert refusal is None and list(build_methods(alone, student, teacher)) == [name]
+        else:
+            with pytest.raises(UserError, match=re.escape(str(refusal))):
+                build_methods(alone, student, teacher)
+    assert not torch.equal(torch.get_rng_state(), random_state)  # of the adapters that were built
+    random_state = torch.get_rng_state()
+    refusals(cfg, student, teacher)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_what_serves_without_a_teacher(student):
+    message = "^PKD needs a teacher; .*WEIGHTS. "
+    with pytest.raises(PairError, match=message + "No method serves this student without a teacher.$"):
+        build_methods(distiller_cfg("RetinaNet", None, ["PKD"]), student, None)
+    r_cnn = {"ROI_HEADS__NAME": "StandardROIHeads", "ROI_BOX_HEAD__NAME": "FastRCNNConvFCHead", "ROI_BOX_HEAD__NUM_FC": 1}
+    with pytest.raises(PairError, match=message + "Methods that serve this student without a teacher: TFHEAD.$"):
+        build_methods(distiller_cfg("RetinaNet", None, ["PKD"], **r_cnn), student, None)
+
+
+def test_a_wrong_value_is_not_the_pairs_fault(student, teacher):
+    cfg = distiller_cfg("RetinaNet", None, ["CrossKD"], DISTILL__CROSSKD__BOX_TEMPERATURE=0.0)
+    with pytest.raises(UserError, match="BOX_TEMPERATURE is 0.0; it must be positive.$") as info:
+        build_methods(cfg, student, teacher)
+    assert not isinstance(info.value, PairError)
+
+
+def test_every_weight_has_its_key():
+    cfg = distiller_cfg("GFL", None)
+    for name in list_methods():
+        keys = DISTILL_METHOD_REGISTRY.get(name).WEIGHT_KEYS
+        assert keys and all(term.startswith("loss_") for term in keys)
+        for value, (term, key) in enumerate(keys.items(), start=2):
+            cfg.merge_from_list([f"MODEL.DISTILL.{key}", float(value)])
+        assert list(DISTILL_METHOD_REGISTRY.get(name).configured_weights(cfg).values()) == list(range(2, len(keys) + 2))
