@@ -273,6 +273,9 @@ def _add_distiller_config(cfg: CN) -> None:
     # Dotted module names copied from the teacher into the student before training (HEAD's "weight transfer"),
     # e.g. ("head",), or "student name=teacher name". Shapes must agree; the copies stay trainable.
     distill.INHERIT = ()
+    # Iterations between two lines of the log that tell how hard each term pulls at the student's features, in parts of
+    # its own losses; 0 for none. See docs/choosing.md.
+    distill.GRADIENT_RATIO_PERIOD = 200
 
     distill.TEACHER = CN()
     # A config file of its own, as for any Detectron2 model, or a name of Detectron2's model zoo if installed.

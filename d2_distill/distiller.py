@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from .errors import UserError
+from .gradient_ratio import WeightedTerm, feature_gradients, report, scalar_name
 from .methods import build_methods
 from .methods.pairing import require_teacher
 from .staged import Run, Taps, stage_detector
@@ -38,6 +39,7 @@ class Distiller(nn.Module):
         methods: name -> :class:`~d2_distill.methods.DistillMethod`.
         input_format: channel order of the student's images.
         inherited: what the student starts with from the teacher, see :func:`inherit`.
+        gradient_ratio_period: iterations between two reports of :mod:`~d2_distill.gradient_ratio`; 0 for none.
     """
 
     @configurable
@@ -49,6 +51,7 @@ class Distiller(nn.Module):
         methods: nn.ModuleDict,
         input_format: str,
         inherited: Sequence[str] = (),
+        gradient_ratio_period: int = 0,
     ) -> None:
         super().__init__()
         self.student = student
@@ -59,6 +62,7 @@ class Distiller(nn.Module):
         self._normalises_alike = teacher is not None and teacher.normalises_like(student, input_format)
         self._unchecked_steps = CHECKED_STEPS
         self.inherited = inherited
+        self.gradient_ratio_period = gradient_ratio_period
         self.inherit()
 
     @classmethod
@@ -75,6 +79,7 @@ class Distiller(nn.Module):
             "methods": methods,
             "input_format": cfg.INPUT.FORMAT,
             "inherited": tuple(cfg.MODEL.DISTILL.INHERIT),
+            "gradient_ratio_period": cfg.MODEL.DISTILL.GRADIENT_RATIO_PERIOD,
         }
 
     def inherit(self) -> None:
@@ -120,17 +125,23 @@ class Distiller(nn.Module):
 
     def _distill(self, student: Run, teacher: Optional[Run]) -> Dict[str, torch.Tensor]:
         storage = get_event_storage()
+        features = list(student.features.values())
+        period = self.gradient_ratio_period
+        is_due = period > 0 and (storage.iter + 1) % period == 0
         losses: Dict[str, torch.Tensor] = {}
+        measured: List[WeightedTerm] = []
         for name, method in self.methods.items():
             for term, value in method(student, teacher).items():
                 if self._unchecked_steps:
-                    _check_term(name, term, value, list(student.features.values()))
+                    _check_term(name, term, value, features)
                 weight = method.weight_at(term, storage.iter)
                 losses[term] = value * weight
                 if method.is_scheduled(term):
-                    # without "loss" in the name, by which Detectron2 knows what to print
-                    name = f"{WEIGHT_SCALARS}/{term.replace('loss_', '', 1)}"
-                    storage.put_scalar(name, weight, smoothing_hint=False)
+                    storage.put_scalar(scalar_name(WEIGHT_SCALARS, term), weight, smoothing_hint=False)
+                if is_due:
+                    measured.append(method.weighted_term(term, value, storage.iter))
+        if measured:
+            report(list(student.losses.values()), measured, features)
         return losses
 
 
@@ -173,10 +184,7 @@ def _check_term(method: str, term: str, value: torch.Tensor, features: List[torc
             "teacher's weights and the pixel statistics (INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD) of "
             "both configs."
         )
-    gradients: Sequence[Optional[torch.Tensor]] = ()
-    if value.requires_grad:
-        gradients = torch.autograd.grad(value, features, retain_graph=True, allow_unused=True)
-    if all(gradient is None for gradient in gradients):
+    if all(gradient is None for gradient in feature_gradients(value, features)):
         raise UserError(
             f"MODEL.DISTILL.METHODS: the gradient of {method}'s {term} does not reach the student's "
             "features, so it teaches nothing; leave the method out or mend it."

@@ -10,11 +10,12 @@ from detectron2.utils import comm
 from ..errors import UserError
 
 _RUN_FILES = ("last_checkpoint", "metrics.json")
-# Keys that may change when a run is resumed: where and how long it trains, and how it is evaluated.
+# Keys that may change when a run is resumed: where and how long it trains, how it is evaluated, and what it logs.
 _FREE_KEYS = {
     "DATALOADER.NUM_WORKERS",
     "DATASETS.TEST",
     "MODEL.DEVICE",
+    "MODEL.DISTILL.GRADIENT_RATIO_PERIOD",
     "OUTPUT_DIR",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.MAX_ITER",

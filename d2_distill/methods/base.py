@@ -10,6 +10,7 @@ from detectron2.utils.registry import Registry
 from torch import nn
 
 from ..errors import PairError, UserError
+from ..gradient_ratio import WeightedTerm
 from ..schedules import is_constant
 from ..staged import Run, StagedDetector, Taps
 from ..teacher import Teacher
@@ -67,6 +68,11 @@ class DistillMethod(nn.Module):
     def is_scheduled(self, term: str) -> bool:
         """Whether the weight of a term follows the iteration."""
         return not is_constant(self.schedules[term])
+
+    def weighted_term(self, term: str, value: torch.Tensor, iteration: int) -> WeightedTerm:
+        """A term of ``forward`` as :func:`~d2_distill.gradient_ratio.report` wants it."""
+        key = f"MODEL.DISTILL.{self.WEIGHT_KEYS[term]}" if term in self.WEIGHT_KEYS else ""
+        return WeightedTerm(term, value * self.weights[term], self.schedules[term](iteration), key)
 
 
 def list_methods() -> List[str]:
