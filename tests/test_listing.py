@@ -44,7 +44,7 @@ def table(detectors):
 
 def test_every_detector_is_listed(detectors):
     names = [detector.label for detector in detectors]
-    assert len(names) == len(set(names)) and {name.split()[0] for name in names} == set(list_staged())
+    assert len(names) == len(set(names)) and {name.split()[0] for name in names} >= set(list_staged())
     assert {label(case) for case in CASES} <= set(names)
 
 
