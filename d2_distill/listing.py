@@ -17,12 +17,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from .assistants.dense import StudentFeatures
-from .config import read_config
-from .data.classes import with_classes
 from .errors import PairError
 from .methods import DISTILL_METHOD_REGISTRY, list_methods, refusals
 from .staged import StagedDense, StagedDetector, adapter_of, stage_detector
-from .student import build_student, num_classes_key
+from .student import build_student
 from .teacher import Teacher
 
 WIDTH = 110
@@ -74,13 +72,8 @@ class Listed:
         return Teacher(self.staged.model, input_format=self.cfg.INPUT.FORMAT, cfg=self.cfg)
 
 
-def print_choices(opts: Sequence[str] = ()) -> None:
-    """All detectors, backbones, methods and pairs, as for a config of these keys and values.
-
-    Raises:
-        UserError: a key or the type of a value is wrong.
-    """
-    cfg = read_config("", opts, source="The command line's config")
+def print_choices(cfg: CfgNode) -> None:
+    """All detectors, backbones, methods and pairs; of the config its methods' keys count, and not its detector's."""
     detectors, failed = list_detectors(cfg)
     table = pairs(detectors)
     alone = {name for (_, teacher), names in table.items() if teacher is None for name in names}
@@ -94,21 +87,18 @@ def print_choices(opts: Sequence[str] = ()) -> None:
         {name: summary(name) + ("" if name in alone else " Needs a teacher.") for name in list_methods()},
     )
     print(
-        "Which methods serve which pair, of detectors with the same classes, strides and channels and with the methods'\n"
-        "default keys; what serves your own pair, and why others do not, tells --list --config-file CONFIG:\n"
+        "Which methods serve which pair, of detectors with the same classes, strides and channels and with the\n"
+        "methods' default keys; what serves your own pair, and why others do not, tells --list --config-file CONFIG:\n"
     )
     _print_pairs(table)
 
 
-def print_pair(config_file: str, opts: Sequence[str]) -> None:
+def print_pair(cfg: CfgNode, title: str) -> None:
     """Which methods serve the student and the teacher of a config, and why the others do not.
 
     Raises:
-        UserError: the config, or that of the teacher, is not valid, or one of the detectors cannot be built.
+        UserError: the teacher's config is not valid, or one of the detectors cannot be built.
     """
-    cfg = read_config(config_file, opts, source=f"The config ({config_file} with the command line's overrides)")
-    cfg.MODEL.DEVICE = "cpu"
-    cfg = with_classes(cfg)
     student, teacher = stage_detector(build_student(cfg)), Teacher.untrained(cfg)
     sides = {"Student": f"{student.kind}: {describe(student)}; {_sizes(student)}"}
     if teacher is None:
@@ -116,7 +106,7 @@ def print_pair(config_file: str, opts: Sequence[str]) -> None:
     else:
         sides["Teacher"] = f"{teacher.staged.kind}: {describe(teacher.staged)}; {_sizes(teacher.staged)}"
     found = refusals(cfg, student, teacher)
-    _print_table(config_file, sides)
+    _print_table(title, sides)
     serving = {name: summary(name) for name, refusal in found.items() if refusal is None}
     _print_table("Methods that serve this pair:", serving or {"none": ""})
     impossible = {name: str(refusal) for name, refusal in found.items() if isinstance(refusal, PairError)}
@@ -211,6 +201,7 @@ def _sizes(staged: StagedDetector) -> str:
 
 def _with_values(cfg: CfgNode, values: Dict[str, Any]) -> CfgNode:
     cfg = cfg.clone()
+    cfg.defrost()
     cfg.MODEL.STUDENT_FEATURES = [[f"p{level}", _CHANNELS, 2**level] for level in range(2, 8)]
     cfg.merge_from_list([item for key, value in values.items() for item in (f"MODEL.{key}", value)])
     return cfg

@@ -7,16 +7,19 @@ import argparse
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
+from ..data.own_sets import add_data_arguments
 from ..listing import print_choices, print_pair
+from .setup import load_config
 
 
 def parse_arguments(epilog: str) -> argparse.Namespace:
-    """Detectron2's options, and those of this project."""
+    """Detectron2's arguments, the data sets to train and to evaluate on, and ``--list``."""
     parser = default_argument_parser(epilog=epilog)
+    add_data_arguments(parser)
     parser.add_argument(
         "--list",
         action="store_true",
-        help="print detectors, backbones, methods and which pairs they serve; with --config-file, of its pair; then end",
+        help="print detectors, backbones, methods and which pairs they serve, or those of a --config-file",
     )
     args = parser.parse_args()
     if args.list:
@@ -32,7 +35,9 @@ def list_choices(args: argparse.Namespace) -> None:
     """
     if not comm.is_main_process():
         return
+    opts = [*args.opts, "MODEL.DEVICE", "cpu"]
     if args.config_file:
-        print_pair(args.config_file, args.opts)
+        cfg = load_config(args.config_file, opts, train_data=args.train_data, test_data=args.test_data)
+        print_pair(cfg, args.config_file)
     else:
-        print_choices(args.opts)
+        print_choices(load_config("", opts))

@@ -8,8 +8,8 @@ IMPORTS = {"IMPORTS": [str(ROOT / "examples" / "channel_wise.py")]}
 
 
 def test_the_pair_of_a_config(server, data, teacher, tmp_path):
-    weights = tmp_path / "none.pth"
-    config = merged(TINY, data, distiller(teacher.config, weights, "PKD"), IMPORTS, {"OUTPUT_DIR": str(tmp_path / "out")})
+    distilled = distiller(teacher.config, tmp_path / "none.pth", "PKD")
+    config = merged(TINY, data, distilled, IMPORTS, {"OUTPUT_DIR": str(tmp_path / "out")})
     path = write_config(tmp_path / "config.yaml", config)
     outcome = server.run("--config-file", path, "--num-gpus", 2, "--list", "MODEL.DEVICE", "cuda").succeeded()
     serving, others = outcome.stdout.split("Methods that cannot serve it:")

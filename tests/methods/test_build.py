@@ -75,7 +75,7 @@ def test_an_impossible_pair_names_the_methods_that_serve_it(student):
     teacher = teacher_of("GeneralizedRCNN")
     cfg = distiller_cfg("RetinaNet", None, ["PKD", "LD"])
     random_state = torch.get_rng_state()
-    with pytest.raises(PairError, match="^LD cannot use the .*RETINANET. Methods that serve this pair: (.*)\\.$") as info:
+    with pytest.raises(PairError, match="^LD cannot use the .*RETINANET. Methods that serve this pair: ") as info:
         build_methods(cfg, student, teacher)
     named = str(info.value).rsplit(": ", 1)[1].rstrip(".").split(", ")
     assert named == ["FeatureImitation", "HEAD", "MSAD", "PKD"]
@@ -96,7 +96,8 @@ def test_what_serves_without_a_teacher(student):
     message = "^PKD needs a teacher; .*WEIGHTS. "
     with pytest.raises(PairError, match=message + "No method serves this student without a teacher.$"):
         build_methods(distiller_cfg("RetinaNet", None, ["PKD"]), student, None)
-    r_cnn = {"ROI_HEADS__NAME": "StandardROIHeads", "ROI_BOX_HEAD__NAME": "FastRCNNConvFCHead", "ROI_BOX_HEAD__NUM_FC": 1}
+    r_cnn = {"ROI_HEADS__NAME": "StandardROIHeads", "ROI_BOX_HEAD__NUM_FC": 1}
+    r_cnn["ROI_BOX_HEAD__NAME"] = "FastRCNNConvFCHead"
     with pytest.raises(PairError, match=message + "Methods that serve this student without a teacher: TFHEAD.$"):
         build_methods(distiller_cfg("RetinaNet", None, ["PKD"], **r_cnn), student, None)
 
@@ -116,3 +117,14 @@ def test_every_weight_has_its_key():
         for value, (term, key) in enumerate(keys.items(), start=2):
             cfg.merge_from_list([f"MODEL.DISTILL.{key}", float(value)])
         assert list(DISTILL_METHOD_REGISTRY.get(name).configured_weights(cfg).values()) == list(range(2, len(keys) + 2))
+
+
+def test_head_refuses_teachers_whose_head_it_cannot_build(student):
+    other = teacher_of("GeneralizedRCNN")
+    other.model.roi_heads = torch.nn.Identity()
+    for teacher, message in [
+        (teacher_of("MultiScaleDetector"), "HEAD cannot use the teacher MultiScaleDetector, .*this pair: CrossKD"),
+        (other, "^HEAD cannot use the teacher's RoI heads Identity; .*CascadeROIHeads'. Methods that serve"),
+    ]:
+        with pytest.raises(PairError, match=message):
+            build_methods(distiller_cfg("RetinaNet", None, ["HEAD"]), student, teacher)
