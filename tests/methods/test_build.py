@@ -15,6 +15,10 @@ from d2_distill.teacher import Teacher
 from ..small_detectors import build, detector_cfg, distiller_cfg
 
 
+# Other tests of the process may have imported a user's file.
+OURS = [name for name, method in DISTILL_METHOD_REGISTRY if method.__module__.startswith("d2_distill.")]
+
+
 def teacher_of(case: str, **overrides) -> Teacher:
     cfg = detector_cfg(case, **overrides)
     return Teacher(build(cfg), input_format="BGR", cfg=cfg)
@@ -46,7 +50,7 @@ def test_methods_that_are_switched_off_are_left_out(student, teacher):
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["PKD", "CrossKDD"], "MODEL.DISTILL.METHODS has the unknown 'CrossKDD'; choose from CrossKD, .*, LD, .*PKD"),
+        (["PKD", "CrossKDD"], "MODEL.DISTILL.METHODS has the unknown 'CrossKDD'; choose from .*CrossKD, .*, LD, .*PKD"),
         (["PKD", "CrossKD", "PKD"], "MODEL.DISTILL.METHODS has 'PKD' twice"),
     ],
 )
@@ -80,6 +84,8 @@ def test_an_impossible_pair_names_the_methods_that_serve_it(student):
     named = str(info.value).rsplit(": ", 1)[1].rstrip(".").split(", ")
     assert named == ["FeatureImitation", "HEAD", "MSAD", "PKD"]
     for name, refusal in refusals(cfg, student, teacher).items():
+        if name not in OURS:
+            continue
         alone = distiller_cfg("RetinaNet", None, [name])
         if name in named:
             assert refusal is None and list(build_methods(alone, student, teacher)) == [name]
@@ -111,7 +117,7 @@ def test_a_wrong_value_is_not_the_pairs_fault(student, teacher):
 
 def test_every_weight_has_its_key():
     cfg = distiller_cfg("GFL", None)
-    for name in list_methods():
+    for name in OURS:
         keys = DISTILL_METHOD_REGISTRY.get(name).WEIGHT_KEYS
         assert keys and all(term.startswith("loss_") for term in keys)
         for value, (term, key) in enumerate(keys.items(), start=2):
