@@ -48,7 +48,8 @@ CHECKPOINT = """Strip a checkpoint of train_net.py to the student's weights. The
 OUTPUT-<first 8 digits of its sha256>.pth, and loads as MODEL.WEIGHTS of the plain student."""
 GRAPH = """Export the detector of a config with MODEL.WEIGHTS. The graph takes an image of 0 to 255, normalises and pads
 it, and gives boxes in its pixels, scores and classes; with --raw the head's outputs. The file is kept only if it agrees
-with the detector on images: those of --image, else the first of DATASETS.TEST, or noise with --noise."""
+with the detector on images: those of --image, else the first of DATASETS.TEST, or noise with --noise; and on pieces of
+the first, as other sizes."""
 EVALUATE = """Evaluate an exported file, with post-processing, on DATASETS.TEST of a config, as train_net.py --eval-only
 evaluates the detector."""
 # Of noise; the first is what the graph is traced with.
@@ -78,6 +79,8 @@ def export_graph(args: argparse.Namespace) -> None:
     graph = build_graph(model, cfg.TEST.NMS, raw=args.raw)
     description = describe(cfg, model, graph.output_names, raw=args.raw, fixed_size=fixed_size)
     images = [padded(image, description) for image in test_images(cfg, args, fixed_size)]
+    if fixed_size is None:
+        images += crops(images[0])
     with whole_file(args.output) as path:
         if args.format == "onnx":
             write_onnx(graph, images[0], description, path, fixed_size=fixed_size)
@@ -123,6 +126,12 @@ def test_images(cfg: CfgNode, args: argparse.Namespace, fixed_size: Optional[Seq
     check_dataset(name, key="DATASETS.TEST", strict=False)
     batches = islice(Trainer.build_test_loader(cfg, name), args.images)
     return [x["image"][None] for batch in batches for x in batch]
+
+
+def crops(image: torch.Tensor) -> List[torch.Tensor]:
+    """A flat and a narrow piece: a data set may have images of one size only, and hide that the graph keeps it."""
+    height, width = image.shape[-2:]
+    return [image[..., : -(-height // 2), :].contiguous(), image[..., : -(-width // 2)].contiguous()]
 
 
 def read_resized(cfg: CfgNode, path: str) -> torch.Tensor:
