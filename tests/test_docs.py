@@ -58,6 +58,14 @@ def test_links(page):
             assert fragment in slugs(str(path.resolve().relative_to(ROOT))), target
 
 
+def test_every_page_is_linked():
+    linked = {
+        str(((ROOT / page).parent / target.partition("#")[0]).resolve().relative_to(ROOT))
+        for page in PAGES for target in links(page) if target.partition("#")[0]
+    }
+    assert {page for page in PAGES if page.startswith("docs/")} <= linked
+
+
 @functools.lru_cache(maxsize=None)
 def all_keys() -> Set[str]:
     """Every key and node of a config."""
