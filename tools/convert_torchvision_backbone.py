@@ -85,7 +85,8 @@ def convert(state_dict: Dict[str, torch.Tensor], source: str = "The checkpoint")
     """
     tensors = Tensors(state_dict, source)
     model = tensors.take(identify(state_dict, source))
-    model.update((f"classifier.{name}", value) for name, value in tensors.left.items())
+    # As Detectron2's own converter names it.
+    model.update((f"stem.{name}", value) for name, value in tensors.left.items())
     model = {name: value.detach().numpy() for name, value in model.items()}
     return {"model": model, "__author__": "torchvision", "matching_heuristics": True}
 
