@@ -1,4 +1,4 @@
-"""CWD, channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256): maps respond where the teacher's do."""
+"""CWD, channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256): a channel peaks where the teacher's does."""
 
 import torch
 from d2_distill.losses import kd_kl_div_loss
@@ -14,6 +14,8 @@ def add_config(cfg):  # called before a config is read
 
 @DISTILL_METHOD_REGISTRY.register()
 class CWD(DistillMethod):  # its name in MODEL.DISTILL.METHODS
+    WEIGHT_KEYS = {"loss_cwd": "CWD.WEIGHT"}  # term -> key below MODEL.DISTILL
+
     def __init__(self, *, pairs, temperature, **kwargs):
         super().__init__(**kwargs)
         self.pairs, self.temperature = pairs, temperature
@@ -27,14 +29,12 @@ class CWD(DistillMethod):  # its name in MODEL.DISTILL.METHODS
         node = cfg.MODEL.DISTILL.CWD
         pairs = pair_features(student, require_teacher(teacher, "CWD").staged, (), "MODEL.DISTILL.CWD")
         schedule = build_schedule(node.SCHEDULE, "MODEL.DISTILL.CWD.SCHEDULE")
-        weights = {"loss_cwd": node.WEIGHT}
-        return {"pairs": pairs, "temperature": node.TEMPERATURE, "weights": weights, "schedule": schedule}
+        return dict(pairs=pairs, temperature=node.TEMPERATURE, schedule=schedule, weights=cls.configured_weights(cfg))
 
     def forward(self, student, teacher):
         losses = []
         for pair in self.pairs:
             ours, theirs = student.features[pair.student], teacher.features[pair.teacher]
             ours = self.adapters[pair.student](ours) if pair.student in self.adapters else ours
-            # Each channel's map as a distribution over its cells: T^2 * KL, mean over channels and images.
             losses.append(kd_kl_div_loss(ours.flatten(2), theirs.flatten(2), self.temperature).mean())
         return {"loss_cwd": torch.stack(losses).sum()}
