@@ -1,4 +1,4 @@
-"""CWD, channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256): a channel peaks where the teacher's does."""
+"""CWD, channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256): channels peak where the teacher's do."""
 
 import torch
 from d2_distill.losses import kd_kl_div_loss
