@@ -17,7 +17,7 @@ from d2_distill import provider
 from d2_distill.distiller import inherit
 from d2_distill.engine.setup import load_config
 from d2_distill.methods import build_methods
-from d2_distill.openmmlab import Checkpoint, convert
+from d2_distill.conversion.openmmlab import Checkpoint, convert
 from d2_distill.staged import stage_detector
 from d2_distill.student import DISTILLER, build_student, student_config
 from d2_distill.teacher import Teacher, teacher_config

@@ -17,7 +17,7 @@ import torch
 from d2_distill.config import read_config
 from d2_distill.conversion import read_tensors, require_new_file, save_converted
 from d2_distill.errors import UserError
-from d2_distill.msad_checkpoints import convert
+from d2_distill.conversion.msad import convert
 from d2_distill.student import build_student
 
 EXAMPLE = """

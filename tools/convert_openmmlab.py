@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
 from d2_distill.conversion import require_new_file, require_pairs, save_detector
 from d2_distill.errors import UserError
-from d2_distill.openmmlab import STYLES, convert, read_checkpoint
+from d2_distill.conversion.openmmlab import STYLES, convert, read_checkpoint
 
 EXAMPLE = """
 Examples:

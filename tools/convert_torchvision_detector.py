@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
 from d2_distill.conversion import require_new_file, require_pairs, save_detector
 from d2_distill.errors import UserError
-from d2_distill.torchvision_detectors import convert, read_state_dict
+from d2_distill.conversion.torchvision import convert, read_state_dict
 
 EXAMPLE = """
 Examples, for a published detector and for one that was fine-tuned on classes of one's own:

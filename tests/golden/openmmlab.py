@@ -19,7 +19,7 @@ from d2_distill.detectors.anchor_order import to_size_outer
 from d2_distill.detectors.box_coders import DeltaCoder, DistanceCoder, DistributionCoder
 from d2_distill.detectors.head import QualityHead, TowerHead
 from d2_distill.detectors.one_stage import square_anchors
-from d2_distill.openmmlab import Tensors, dense_head
+from d2_distill.conversion.openmmlab import Tensors, dense_head
 
 from .cases import Case
 

@@ -23,7 +23,7 @@ from d2_distill.backbones import LinearP6P7
 from d2_distill.detectors.anchor_order import to_size_outer
 from d2_distill.errors import UserError
 from d2_distill.losses import align_statistics
-from d2_distill.openmmlab import Checkpoint, Tensors, convert, pyramid, read_checkpoint
+from d2_distill.conversion.openmmlab import Checkpoint, Tensors, convert, pyramid, read_checkpoint
 from d2_distill.student import build_student
 
 from ..golden import cases

@@ -19,7 +19,7 @@ from d2_distill.detectors.anchor_order import to_size_outer
 from d2_distill.errors import UserError
 from d2_distill.staged import stage_detector
 from d2_distill.student import build_student
-from d2_distill.torchvision_detectors import convert, kept_classes, read_state_dict
+from d2_distill.conversion.torchvision import convert, kept_classes, read_state_dict
 
 from . import conversions
 from .torchvision_pairs import PROPOSALS, Pair, assert_same_detections, build, small

@@ -16,7 +16,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from d2_distill.student import build_student
-from d2_distill.torchvision_detectors import convert
+from d2_distill.conversion.torchvision import convert
 
 State = Dict[str, torch.Tensor]
 

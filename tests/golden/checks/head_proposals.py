@@ -16,7 +16,7 @@ from d2_distill.config import get_distill_cfg
 from d2_distill.detectors import OneStageDetector, OpenMMLabFCOS, OpenMMLabRetinaNet
 from d2_distill.detectors.anchor_order import to_size_outer
 from d2_distill.detectors.box_coders import DistanceCoder
-from d2_distill.openmmlab import Tensors, pyramid
+from d2_distill.conversion.openmmlab import Tensors, pyramid
 from d2_distill.proposals import DenseProposer, gather_positions, has_position, with_ground_truth
 from d2_distill.staged import stage_detector
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from d2_distill.engine.setup import load_config
-from d2_distill.msad_checkpoints import convert
+from d2_distill.conversion.msad import convert
 from d2_distill.student import build_student
 
 from ...small_detectors import CONFIGS

@@ -9,7 +9,7 @@ from detectron2.structures import ImageList
 
 from d2_distill.detectors import OpenMMLabFCOS
 from d2_distill.detectors.box_coders import DistanceCoder
-from d2_distill.msad_checkpoints import head_names
+from d2_distill.conversion.msad import head_names
 
 from ..cases import Case
 from ..dispatch import assert_close, assert_recorded

@@ -21,7 +21,7 @@ from d2_distill.detectors.multi_scale import BRANCHES
 from d2_distill.distiller import Distiller
 from d2_distill.methods import MSAD
 from d2_distill.methods.pairing import FeaturePair
-from d2_distill.msad_checkpoints import head_names
+from d2_distill.conversion.msad import head_names
 from d2_distill.schedules import build_schedule
 from d2_distill.staged import stage_detector
 from d2_distill.student import build_student

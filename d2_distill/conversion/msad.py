@@ -9,17 +9,17 @@ from typing import Dict, List
 import torch
 from torch import nn
 
-from .backbones import LowResolution
-from .backbones.slimmable import Slimmable
-from .detectors import MultiScaleDetector
-from .errors import UserError
-from .slimmable_weights import of_one_width
+from ..backbones import LowResolution
+from ..backbones.slimmable import Slimmable
+from ..detectors import MultiScaleDetector
+from ..errors import UserError
+from ..slimmable_weights import of_one_width
 
 State = Dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Conversion:
+class MSADConversion:
     """
     Attributes:
         state_dict: by our names.
@@ -31,7 +31,7 @@ class Conversion:
     dropped: List[str]
 
 
-def convert(state: State, model: nn.Module, source: str) -> Conversion:
+def convert(state: State, model: nn.Module, source: str) -> MSADConversion:
     """
     Args:
         state: of a published teacher (``T_backbone``, ``SE``, ``T_fcos_head``) or student, which holds its
@@ -81,7 +81,7 @@ def convert(state: State, model: nn.Module, source: str) -> Conversion:
             "them if the detector works without."
         )
     converted = {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
-    return Conversion(converted, dropped)
+    return MSADConversion(converted, dropped)
 
 
 def _require_role(model: nn.Module, of_student: bool, source: str) -> None:

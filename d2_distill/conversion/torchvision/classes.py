@@ -8,7 +8,7 @@ from typing import List, Sequence
 import torch
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from ..errors import UserError
+from ...errors import UserError
 
 # Of the published detectors, whose outputs are COCO's 90 category numbers, with gaps, behind the background.
 COCO_OUTPUTS = 91

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .classes import COCO_OUTPUTS, Classes, kept_classes
-from .conversion import convert
+from .detector import convert
 from .reading import read_state_dict
 
 __all__ = ["COCO_OUTPUTS", "Classes", "convert", "kept_classes", "read_state_dict"]

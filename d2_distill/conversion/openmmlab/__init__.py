@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..conversion import Conversion, Tensors
+from .. import Conversion, Tensors
 from .backbones import pyramid
-from .conversion import convert
+from .detector import convert
 from .heads import dense_head
 from .reading import Checkpoint, read_checkpoint
 from .training_config import STYLES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Dict, List, Optional
 
-from ..conversion import TORCHVISION_STYLE
+from .. import TORCHVISION_STYLE
 
 # Of the backbone's ImageNet weights. "pytorch": torchvision's. "caffe": the stride is in the first 1x1
 # convolution, images are BGR, batch norms are frozen; Detectron and Detectron2 subtract other means.

@@ -7,8 +7,8 @@ from typing import Iterator, Tuple
 
 import torch
 
-from .. import conversion
-from ..conversion import Converted, Tensors
+from ... import conversion
+from .. import Converted, Tensors
 
 _OURS = "backbone.bottom_up."
 

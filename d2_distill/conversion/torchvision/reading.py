@@ -7,8 +7,8 @@ from typing import Any, Dict
 
 import torch
 
-from ..conversion import read_tensors
-from ..errors import UserError
+from .. import read_tensors
+from ...errors import UserError
 
 # Where trainers put the state dict; "model" is that of torchvision's references.
 _NESTS = ("model", "state_dict", "model_state_dict")
