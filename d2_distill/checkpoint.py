@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from typing import Any, Iterator
+from urllib.error import URLError
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
@@ -61,7 +62,8 @@ def readable(weights: str, *, key: str) -> Iterator[None]:
         raise
     except Exception as error:  # whatever unpickling, the network or the conversion of names raises
         reason = " ".join(str(error).split()).partition(". ")[0]  # torch goes on at length
-        raise UserError(f"{key}: {weights} cannot be read as a checkpoint ({reason}); replace it.") from error
+        remedy = "download it elsewhere and name the file" if isinstance(error, URLError) else "replace it"
+        raise UserError(f"{key}: {weights} cannot be read as a checkpoint ({reason}); {remedy}.") from error
 
 
 def load_exactly(model: nn.Module, weights: str, *, key: str) -> None:

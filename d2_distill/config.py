@@ -57,7 +57,7 @@ def _in_one_sentence(source: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever Detectron2, yacs or the YAML parser raise on a malformed file
         reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-        raise UserError(f"{source} is not valid: {reason.rstrip('.')}; correct it.") from error
+        raise UserError(f"{source} is not valid: {reason.rstrip('.!')}; correct it.") from error
 
 
 def _imports(config_file: str, opts: Sequence) -> Sequence[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 
 ENVIRONMENT_VARIABLE = "D2_DISTILL_PROVIDER"
@@ -30,6 +31,13 @@ def select() -> None:
         if wanted == "real":
             raise ImportError(f"{ENVIRONMENT_VARIABLE}=real, but Detectron2 is not installed; install it.")
         sys.path.append(_EMBEDDED)
+    _hide_deprecations()
+
+
+def _hide_deprecations() -> None:
+    """Of torch functions that the real Detectron2 and fvcore call, which nobody who trains can mend."""
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning, append=True)
+    warnings.filterwarnings("ignore", r"torch\.meshgrid: in an upcoming release", UserWarning, append=True)
 
 
 def name() -> str:

@@ -18,6 +18,7 @@ from .checkpoint import load_exactly
 from .config import read_config
 from .data.classes import dataset_classes, with_classes
 from .errors import UserError
+from .model_zoo import checkpoint_url, find_config
 from .staged import Run, StagedDetector, Taps, stage_detector
 from .student import build_student, num_classes_key
 
@@ -162,13 +163,13 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
     node = cfg.MODEL.DISTILL.TEACHER
     source = f"MODEL.DISTILL.TEACHER: {node.CONFIG_FILE} with the overrides OPTS"
     is_file = PathManager.isfile(node.CONFIG_FILE)
-    path = node.CONFIG_FILE if is_file else _from_zoo("get_config_file", node.CONFIG_FILE)
+    path = find_config(node.CONFIG_FILE, key="MODEL.DISTILL.TEACHER.CONFIG_FILE")
     teacher_cfg = read_config(path, node.OPTS, source=source)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     if node.WEIGHTS:
         teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS
     elif trained and not is_file and "MODEL.WEIGHTS" not in node.OPTS[::2]:
-        teacher_cfg.MODEL.WEIGHTS = _from_zoo("get_checkpoint_url", node.CONFIG_FILE)
+        teacher_cfg.MODEL.WEIGHTS = checkpoint_url(node.CONFIG_FILE, key="MODEL.DISTILL.TEACHER.WEIGHTS")
     if trained and not teacher_cfg.MODEL.WEIGHTS:
         raise UserError(
             "MODEL.DISTILL.TEACHER.WEIGHTS is empty and so is MODEL.WEIGHTS of the teacher's config; "
@@ -211,28 +212,3 @@ def _take_classes(
     teacher_cfg.merge_from_list(["DATASETS.CLASSES", tuple(ours), num_classes_key(teacher_cfg), len(ours)])
     logger.info("Teacher: %s", summary)
     return ours, ()
-
-
-def _from_zoo(function: str, name: str) -> str:
-    """What a function of Detectron2's ``model_zoo`` says of a config."""
-    try:  # The zoo is optional: the embedded subset has none, and the real one may not import.
-        from detectron2 import model_zoo
-    except ImportError:
-        raise UserError(
-            f"MODEL.DISTILL.TEACHER.CONFIG_FILE: there is no file {name}; give a path from the working directory; "
-            "names of Detectron2's model zoo need the real Detectron2, and this is the embedded one "
-            "(docs/embedded_detectron2.md)."
-        ) from None
-    try:
-        return getattr(model_zoo, function)(name)
-    except RuntimeError:  # it has no such file or checkpoint
-        pass
-    if function == "get_checkpoint_url":
-        raise UserError(
-            f"MODEL.DISTILL.TEACHER.WEIGHTS is empty, and Detectron2's model zoo has no trained checkpoint of {name}; "
-            "name one."
-        )
-    raise UserError(
-        f"MODEL.DISTILL.TEACHER.CONFIG_FILE: there is no file {name}, nor has the model zoo this config; give a "
-        "path relative to the working directory, or a name such as COCO-Detection/retinanet_R_50_FPN_3x.yaml."
-    )

@@ -62,6 +62,12 @@ def test_no_file(weights):
         load_exactly(model(), weights, key=KEY)
 
 
+def test_no_connection():
+    """Nobody listens at port 9."""
+    with pytest.raises(UserError, match=rf"{KEY}: http:\S* cannot be read .*; download it elsewhere and name the file"):
+        load_exactly(model(), "http://127.0.0.1:9/model.pth", key=KEY)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
 def test_damaged_file(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)

@@ -25,6 +25,7 @@ from d2_distill.data.own_sets import add_data_arguments, name_data
 from d2_distill.data.problems import Kind, Problem
 from d2_distill.data.statistics import class_table, set_table
 from d2_distill.errors import UserError
+from d2_distill.model_zoo import find_config
 from d2_distill.progress import StepProgress
 from d2_distill.visualization import class_color, draw_boxes, ground_truth, name_of, write_picture
 
@@ -71,7 +72,8 @@ def draw(inspection: Inspection, folder: Path, number: int) -> None:
 
 def run(args: argparse.Namespace) -> bool:
     """Whether there are no errors."""
-    cfg = read_config(args.config_file, args.opts, source=f"The config ({args.config_file or 'the default config'})")
+    config_file = args.config_file and find_config(args.config_file, key="--config-file")
+    cfg = read_config(config_file, args.opts, source=f"The config ({config_file or 'the default config'})")
     name_data(cfg, args.train_data, args.test_data)
     inspections = inspect_annotations(cfg)
     files = {record["file_name"] for each in inspections for record in each.records}

@@ -24,6 +24,7 @@ from ..data.own_sets import name_data
 from ..data.registration import register_datasets
 from ..errors import UserError
 from ..evaluation.voc import voc_convention
+from ..model_zoo import find_config
 from ..student import DISTILLER, build_student
 from .evaluate import load_student
 from .logs import held_back
@@ -58,6 +59,8 @@ def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
             claim_output_dir(cfg, resume=args.resume)
             model = _initialised(cfg, resume=args.resume)
             run_cfg = cfg
+        if args.config_file:  # Detectron2 copies it into the log
+            args.config_file = find_config(args.config_file, key="The config")
         # No process may write into the folder before all have looked into it.
         comm.synchronize()
         default_setup(run_cfg, args)
@@ -72,7 +75,8 @@ def load_config(
     train_data: Sequence[Sequence[str]] = (),
     test_data: Sequence[Sequence[str]] = (),
 ) -> CfgNode:
-    """The defaults, overridden by a config file, overridden by a flat list of keys and values; frozen.
+    """The defaults, overridden by a config file or one of Detectron2's model zoo, overridden by a flat list of keys and
+    values; frozen.
 
     The detector has the classes of its data, see :func:`.data.classes.with_classes`.
 
@@ -83,6 +87,8 @@ def load_config(
         UserError: the file is missing, or a key or the type of a value is wrong, or there is no such data.
     """
     source = f"The config ({config_file or 'the default config'} with the command line's overrides)"
+    if config_file:
+        config_file = find_config(config_file, key="The config")
     cfg = read_config(config_file, opts, source=source)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU.", cfg.MODEL.DEVICE)
