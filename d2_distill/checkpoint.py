@@ -44,9 +44,14 @@ class TrainingCheckpointer(_ExactCheckpointer):
 def require_file(weights: str, *, key: str) -> None:
     """
     Raises:
-        UserError: ``weights`` is neither an address nor an existing file; see :func:`load_exactly`.
+        UserError: ``weights`` is neither an address nor an existing file, or a folder; see :func:`load_exactly`.
     """
-    if "://" not in weights and not os.path.isfile(weights.split("?")[0]):
+    path = weights.split("?")[0]
+    if os.path.isdir(path):
+        raise UserError(
+            f"{key}: {weights} is a folder; name the checkpoint in it, such as {os.path.join(path, 'model_final.pth')}."
+        )
+    if "://" not in weights and not os.path.isfile(path):
         raise UserError(f"{key}: there is no file {weights}; train the model first or correct the path.")
 
 
@@ -61,7 +66,7 @@ def readable(weights: str, *, key: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # whatever unpickling, the network or the conversion of names raises
-        reason = " ".join(str(error).split()).partition(". ")[0]  # torch goes on at length
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")  # torch goes on at length
         remedy = "download it elsewhere and name the file" if isinstance(error, URLError) else "replace it"
         raise UserError(f"{key}: {weights} cannot be read as a checkpoint ({reason}); {remedy}.") from error
 

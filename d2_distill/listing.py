@@ -108,7 +108,7 @@ def print_pair(cfg: CfgNode, title: str) -> None:
     found = refusals(cfg, student, teacher)
     _print_table(title, sides)
     serving = {name: summary(name) for name, refusal in found.items() if refusal is None}
-    _print_table("Methods that serve this pair:", serving or {"none": ""})
+    _print_table("Methods that serve this pair:", serving or {"none": "as it is"})
     impossible = {name: str(refusal) for name, refusal in found.items() if isinstance(refusal, PairError)}
     _print_table("Methods that cannot serve it:", impossible)
     others = {name: str(found[name]) for name in found if name not in serving and name not in impossible}

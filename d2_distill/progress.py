@@ -26,6 +26,13 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
         self._last = kind
 
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """The line ends, whatever comes."""
+        self("")
+
 
 class StepProgress:
     """Prints how many steps are done and how fast, some seconds apart.

@@ -68,6 +68,11 @@ def test_no_connection():
         load_exactly(model(), "http://127.0.0.1:9/model.pth", key=KEY)
 
 
+def test_folder(tmp_path):
+    with pytest.raises(UserError, match=rf"{KEY}: {tmp_path} is a folder; name the checkpoint in it, such as"):
+        load_exactly(model(), str(tmp_path), key=KEY)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
 def test_damaged_file(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)

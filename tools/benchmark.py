@@ -28,7 +28,7 @@ from d2_distill.distiller import CHECKED_STEPS, Distiller
 from d2_distill.engine.optimizer import build_optimizer
 from d2_distill.engine.setup import load_config
 from d2_distill.engine.trainer import Trainer
-from d2_distill.errors import UserError
+from d2_distill.errors import UserError, reported
 from d2_distill.evaluation.complexity import count_parameters, flops_by_module
 from d2_distill.evaluation.speed import seconds_in_turns, seconds_of, synthetic_batch
 from d2_distill.staged import DenseRun, stage_detector
@@ -327,11 +327,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with reported():
         torch.set_num_threads(args.threads)
         args.command(load_config(args.config_file, args.opts), args)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

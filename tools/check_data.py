@@ -24,7 +24,7 @@ from d2_distill.data.inspection import Inspection, inspect_annotations, inspect_
 from d2_distill.data.own_sets import add_data_arguments, name_data
 from d2_distill.data.problems import Kind, Problem
 from d2_distill.data.statistics import class_table, set_table
-from d2_distill.errors import UserError
+from d2_distill.errors import reported
 from d2_distill.model_zoo import find_config
 from d2_distill.progress import StepProgress
 from d2_distill.visualization import class_color, draw_boxes, ground_truth, name_of, write_picture
@@ -104,12 +104,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     args = parser().parse_args(arguments)
-    try:
+    with reported():
         good = run(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
     sys.exit(0 if good else 1)
 
 

@@ -30,7 +30,7 @@ from d2_distill.data.checks import check_datasets
 from d2_distill.data.registration import register_datasets
 from d2_distill.engine.evaluate import load_student
 from d2_distill.engine.setup import load_config
-from d2_distill.errors import UserError
+from d2_distill.errors import UserError, reported
 from d2_distill.evaluation.teacher_check import GOOD, check_teacher
 from d2_distill.progress import Progress
 from d2_distill.student import DISTILLER
@@ -218,17 +218,11 @@ def main(arguments: Optional[List[str]] = None) -> None:
         parser.error("--images must be 1 or more")
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     progress = Progress()
-    try:
+    with reported(), progress:
         report = run(args, progress)
         progress("")
         if args.json:
             write_json(report, args.json)
-    except (UserError, OSError) as error:
-        progress("")
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        progress("")
-        sys.exit(130)
     print(text_of(report))
 
 

@@ -22,7 +22,7 @@ import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below f
 from d2_distill.comparison.groups import group_runs
 from d2_distill.comparison.report import Options, compare, require_folder, screen, write
 from d2_distill.comparison.runs import read_run
-from d2_distill.errors import UserError
+from d2_distill.errors import reported
 from d2_distill.progress import Progress
 
 
@@ -81,20 +81,13 @@ def main(arguments: Optional[List[str]] = None) -> None:
         score_threshold=args.score_threshold, pick=args.pick,
     )
     progress = Progress()
-    try:
+    with reported(), progress:
         require_folder(args.output)
         runs = [(name, read_run(folder, unfinished=args.unfinished)) for name, folder in args.runs]
         comparison = compare(group_runs(runs), options, progress=progress)
         progress("")
         print(screen(comparison), flush=True)
         written = write(comparison, args.output, progress=progress)
-        progress("")
-    except (UserError, OSError) as error:
-        progress("")
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        progress("")
-        sys.exit(130)
     for note in comparison.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"\nWritten to {args.output}: {', '.join(written)}")

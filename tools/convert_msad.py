@@ -16,8 +16,8 @@ import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
 import torch
 from d2_distill.config import read_config
 from d2_distill.conversion import read_tensors, require_new_file, save_converted
-from d2_distill.errors import UserError
 from d2_distill.conversion.msad import convert
+from d2_distill.errors import UserError, reported
 from d2_distill.student import build_student
 
 EXAMPLE = """
@@ -59,10 +59,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_intermixed_args()
-    try:
+    with reported():
         run(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
 from d2_distill.conversion import require_new_file, require_pairs, save_detector
-from d2_distill.errors import UserError
 from d2_distill.conversion.openmmlab import STYLES, convert, read_checkpoint
+from d2_distill.errors import reported
 
 EXAMPLE = """
 Examples:
@@ -58,10 +58,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_intermixed_args()
-    try:
+    with reported():
         run(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

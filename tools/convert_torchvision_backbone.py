@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torchvision
 from d2_distill.conversion import Tensors, read_tensors, resnet_rules
-from d2_distill.errors import UserError
+from d2_distill.errors import UserError, reported
 
 EXAMPLE = """
 Example:
@@ -126,7 +126,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reported():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
 from d2_distill.conversion import require_new_file, require_pairs, save_detector
-from d2_distill.errors import UserError
 from d2_distill.conversion.torchvision import convert, read_state_dict
+from d2_distill.errors import reported
 
 EXAMPLE = """
 Examples, for a published detector and for one that was fine-tuned on classes of one's own:
@@ -67,13 +67,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_intermixed_args()
-    try:
+    with reported():
         run(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("Stopped; nothing was written.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from d2_distill.data.registration import register_datasets
 from d2_distill.engine.evaluate import evaluate, load_student
 from d2_distill.engine.setup import load_config
 from d2_distill.engine.trainer import Trainer
-from d2_distill.errors import UserError
+from d2_distill.errors import UserError, reported
 from d2_distill.evaluation.speed import synthetic_batch
 from d2_distill.evaluation.voc import voc_convention
 from d2_distill.export.checkpoint import read_checkpoint, to_half, write_checkpoint
@@ -206,12 +206,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with reported():
         if getattr(args, "threads", None):
             torch.set_num_threads(args.threads)
         args.command(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

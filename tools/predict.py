@@ -31,7 +31,7 @@ import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below f
 import numpy as np
 from d2_distill.config import split_overrides
 from d2_distill.engine.setup import load_config
-from d2_distill.errors import UserError
+from d2_distill.errors import UserError, reported
 from d2_distill.predictor import Predictor
 from d2_distill.progress import StepProgress
 from d2_distill.student import DISTILLER
@@ -354,13 +354,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
-        failed = predict(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(f"Stopped; what is finished lies in {args.output}, and --resume goes on.", file=sys.stderr)
-        sys.exit(130)
+    with reported():
+        try:
+            failed = predict(args)
+        except KeyboardInterrupt:
+            print(f"Stopped; what is finished lies in {args.output}, and --resume goes on.", file=sys.stderr)
+            raise
     if failed:
         sys.exit(f"error: {len(failed)} inputs could not be used: {', '.join(failed)}; the rest is in {args.output}.")
     print(f"Written to {args.output}")

@@ -32,7 +32,7 @@ from d2_distill.data.mapper import CheckedDatasetMapper
 from d2_distill.data.registration import register_datasets
 from d2_distill.engine.evaluate import load_student
 from d2_distill.engine.setup import load_config
-from d2_distill.errors import UserError
+from d2_distill.errors import UserError, reported
 from d2_distill.staged import stage_detector
 from d2_distill.student import build_student
 from d2_distill.teacher import Teacher
@@ -186,10 +186,8 @@ def main() -> None:
     args = parser.parse_args()
     args.input, opts = split_overrides(args.input)
     args.opts += opts
-    try:
+    with reported():
         show(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ def check_datasets(cfg, *, train: bool = True) -> None:
             ``DATASETS.CLASSES``.
     """
     if train and not cfg.DATASETS.TRAIN:
-        raise UserError("DATASETS.TRAIN is empty; name a registered data set, or your own in DATASETS.COCO.")
+        raise UserError(
+            "DATASETS.TRAIN is empty; name a registered data set, your own in DATASETS.COCO or DATASETS.VOC, or --train-data."
+        )
     declared, checked = declared_names(cfg), {}
     keys = ("DATASETS.TRAIN", "DATASETS.TEST") if train else ("DATASETS.TEST",)
     for key in keys:

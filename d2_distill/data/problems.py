@@ -86,8 +86,17 @@ OTHER_CLASSES = Kind(
     "give both the same names in the same order, which in COCO files is that of the category ids",
 )
 
-STICKS_OUT = Kind("boxes that stick out of their image", "they are clipped; look whether the image size is right", False)
-TINY = Kind("boxes that become tiny", "raise INPUT.MIN_SIZE_TRAIN, crop the images, or leave them out", False)
+STICKS_OUT = Kind(
+    "boxes that stick out of their image",
+    "they are clipped; look whether the image size is right, and whether boxes are x, y, width, height and no corners",
+    False,
+)
+TINY = Kind(
+    "boxes that become tiny",
+    "raise INPUT.MIN_SIZE_TRAIN, crop the images, or leave them out; boxes below a pixel may be parts of the image's size "
+    "(from 0 to 1), to be multiplied by it",
+    False,
+)
 LABELLED_TWICE = Kind("objects that are annotated twice", "remove one of the two", False)
 NO_OBJECTS = Kind(
     "images without an object",

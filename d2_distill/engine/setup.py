@@ -22,7 +22,7 @@ from ..data.checks import check_datasets
 from ..data.classes import with_classes
 from ..data.own_sets import name_data
 from ..data.registration import register_datasets
-from ..errors import UserError
+from ..errors import UserError, sentence_of
 from ..evaluation.voc import voc_convention
 from ..model_zoo import find_config
 from ..student import DISTILLER, build_student
@@ -63,7 +63,10 @@ def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
             args.config_file = find_config(args.config_file, key="The config")
         # No process may write into the folder before all have looked into it.
         comm.synchronize()
-        default_setup(run_cfg, args)
+        try:
+            default_setup(run_cfg, args)
+        except OSError as error:
+            raise UserError(f"OUTPUT_DIR: {sentence_of(error)}") from error
         setup_logger(run_cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_distill")
     return cfg, model
 

@@ -240,6 +240,10 @@ def test_folder_of_another_run(refuse, data, plain, tmp_path):
     refuse(config, "--resume", "SOLVER.BASE_LR", 0.5, processes=2, says=says)
 
 
+def test_folder_that_cannot_be_made(refuse, data):
+    refuse(merged(TINY, data), "OUTPUT_DIR", "/dev/null/out", says=["OUTPUT_DIR: /dev/null/out cannot be used"])
+
+
 def test_failed_resume_overwrites_nothing(refuse, distilled, teacher, tmp_path):
     """The teacher's weights have gone since."""
     shutil.copytree(distilled.folder, tmp_path / "out")
