@@ -49,6 +49,7 @@ class StepProgress:
         self.total = f" of {total}" if total else ""
         self.done = 0
         self._start = self._reported = time.monotonic()
+        self._told = -1
 
     def step(self) -> None:
         self.done += 1
@@ -58,6 +59,11 @@ class StepProgress:
             self.report()
 
     def report(self) -> None:
+        """Unless that was the last thing said."""
+        if self.done == self._told:
+            return
+        self._told = self.done
         rate = self.done / max(time.monotonic() - self._start, 1e-9)
         unit = self.what.split()[0]
-        print(f"{self.done}{self.total} {self.what}, {rate:.1f} {unit}/s", file=self.stream, flush=True)
+        number = f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}"
+        print(f"{self.done}{self.total} {self.what}, {number} {unit}/s", file=self.stream, flush=True)

@@ -106,6 +106,8 @@ def main():
         for box, score, index in zip(boxes[shown], scores[shown], classes[shown]):
             labels.append(f"{names[index] if names else index} {score:.2f}")
             print(f"{path}: {labels[-1]} at " + " ".join(f"{value:.1f}" for value in box))
+        if not labels:
+            print(f"{path}: nothing that scores {args.min_score} or more")
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
             draw(picture, boxes[shown], labels).save(args.output / (Path(path).stem + ".png"))

@@ -137,10 +137,9 @@ def text_of(report: Dict[str, Any]) -> str:
     nothing = report["nothing_found_in"]
     lines.append(f"Images of whose objects none is found: {len(nothing)} of {report['images_with_objects']}")
     lines += [f"  {name}" for name in nothing[:LISTED]] + ["  ..."] * (len(nothing) > LISTED)
-    lines.append(
-        f"Mean score of right detections: {_number(report['mean_score_of_right'], 2)}; of those that score 0.5 or more "
-        f"{_share(report['precision_of_sure'])} are right"
-    )
+    right, sure = _number(report["mean_score_of_right"], 2), report["precision_of_sure"]
+    sure = "none scores 0.5 or more" if math.isnan(sure) else f"of those that score 0.5 or more {_share(sure)} are right"
+    lines.append(f"Mean score of right detections: {right}; {sure}")
     if "probe" in report:
         probe = report["probe"]
         lines.append(f"AP50 on {probe['images']} of the images, prepared as the configs say: {_number(probe['AP50'])}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 
 from ..errors import UserError
-from .registration import declared_rows, resolved
+from .registration import declared_rows, resolved, row_name
 
 logger = logging.getLogger(__name__)
 _VOC_YEAR = 2012  # area under the curve, as newer protocols have it
@@ -30,8 +30,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def name_data(cfg: CfgNode, train_data: Sequence[Sequence[str]], test_data: Sequence[Sequence[str]]) -> None:
     """Declare data sets in ``DATASETS.COCO`` and ``DATASETS.VOC``, and put them in the place of the config's own.
 
-    Training data without test data also empty ``DATASETS.TEST``; test data alone leave ``DATASETS.TRAIN`` as it is. A
-    set's name is made of the last parts of its path. The classes of a Pascal VOC folder are ``DATASETS.CLASSES`` or, if
+    Training data without test data also empty ``DATASETS.TEST``; test data alone leave ``DATASETS.TRAIN`` as it is. Rows of
+    the config that are used no more are taken out. A set's name is made of the last parts of its path. The classes of a Pascal VOC folder are ``DATASETS.CLASSES`` or, if
     empty, those that its files name.
 
     Args:
@@ -51,6 +51,9 @@ def name_data(cfg: CfgNode, train_data: Sequence[Sequence[str]], test_data: Sequ
             logger.info("There is no --test-data, so DATASETS.TEST is emptied and nothing is evaluated.")
     if train or test:
         cfg.DATASETS.TEST = test
+        used = (None, *cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)  # None: a malformed row, which is complained of later
+        for kind in ("COCO", "VOC"):  # the data that the config was written for need not be here
+            cfg.DATASETS[kind] = tuple(row for row in cfg.DATASETS[kind] if row_name(row) in used)
 
 
 def _declare(cfg: CfgNode, option: str, first: str, second: str) -> str:

@@ -32,7 +32,7 @@ def register_datasets(cfg, names: Container | None = None) -> None:
     """
     for key, register in (("COCO", _register_coco), ("VOC", _register_voc)):
         for row in cfg.DATASETS[key]:
-            if names is None or _name_of(row) in names:
+            if names is None or row_name(row) in names:
                 register(row, cfg)
 
 
@@ -43,11 +43,12 @@ def declared_names(cfg) -> set[str]:
 
 def declared_rows(cfg) -> dict[str, Sequence]:
     """The rows of ``DATASETS.COCO`` and ``DATASETS.VOC`` by their names; those without a name are left out."""
-    rows = {_name_of(row): row for row in (*cfg.DATASETS.COCO, *cfg.DATASETS.VOC)}
+    rows = {row_name(row): row for row in (*cfg.DATASETS.COCO, *cfg.DATASETS.VOC)}
     return {name: row for name, row in rows.items() if name is not None}
 
 
-def _name_of(row) -> str | None:
+def row_name(row) -> str | None:
+    """The name of the data set of a row; None of a malformed one."""
     return row[0] if isinstance(row, (list, tuple)) and row and isinstance(row[0], str) else None
 
 
@@ -77,7 +78,7 @@ def declared_files(cfg, name: str) -> CocoFiles | VocFiles | None:
     """
     for key, parse in (("COCO", _coco_files), ("VOC", _voc_files)):
         for row in cfg.DATASETS[key]:
-            if _name_of(row) == name:
+            if row_name(row) == name:
                 return parse(row)
     return None
 

@@ -124,7 +124,7 @@ def test_a_folder_with_subfolders_and_other_files(pair, call, tmp_path):
     (folder / "notes.txt").write_text("no image")
     printed = call("--input", folder, *pair)  # keys and values also stand behind the inputs
     assert f"1 files are no images and left out, the first is {folder / 'notes.txt'}" in printed
-    assert "3 of 3 images, " in printed and "images/s" in printed
+    assert printed.count("3 of 3 images, ") == 1 and "images/s" in printed
     out = tmp_path / "out"
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert written == {"b.jpg", "a.bmp.jpg", "deep/b.png"}
