@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 from detectron2.structures import Instances
@@ -87,9 +87,3 @@ def images_per_second(
 def _turns(detector: Detector, records: Sequence[Record]) -> Callable[[], Any]:
     inputs = itertools.cycle([detector.read(record) for record in records])
     return lambda: detector.forward(next(inputs))
-
-
-def evenly_spread(records: Sequence[Record], count: int) -> List[Record]:
-    """So many of the records, or all if there are fewer."""
-    count = min(count, len(records))
-    return [records[index * len(records) // count] for index in range(count)]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, NamedTuple, Sequence
+from typing import Callable, Dict, List, Sequence
 
 import numpy as np
 import torch
 from detectron2.data import detection_utils
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.ops import box_iou
 
+from ..data.subset import evenly_spread
+from ..evaluation.matching import match_detections
 from ..visualization import draw_boxes, ground_truth, name_of
-from .measures import Detector, Record, evenly_spread
+from .measures import Detector, Record
 
-IOU = 0.5  # from which on a detection is on an object
 CANDIDATES = 200  # images that are looked through for those on which the models differ
 SIDE = 360  # pixels of the longer side of a picture
 GAP, MARGIN, FONT_SIZE = 8, 12, 18
@@ -23,30 +23,6 @@ RIGHT, WRONG, MISSED, TRUTH = (86, 180, 233), (230, 159, 0), (240, 90, 200), (24
 LEGEND = (
     ("ground truth", TRUTH), ("on an object of its class", RIGHT), ("wrong", WRONG), ("missed object", MISSED),
 )
-
-
-class Judgement(NamedTuple):
-    """(D,) whether each detection is right, and (G,) whether each object was missed."""
-
-    right: torch.Tensor
-    missed: torch.Tensor
-
-    @property
-    def errors(self) -> int:
-        return int((~self.right).sum() + self.missed.sum())
-
-
-def judge(found: Instances, truth: Instances) -> Judgement:
-    """Give each object the surest detection of its class that overlaps it enough; what is left over is wrong."""
-    overlap = box_iou(found.pred_boxes.tensor, truth.gt_boxes.tensor)
-    overlap *= found.pred_classes[:, None] == truth.gt_classes
-    right = torch.zeros(len(found), dtype=torch.bool)
-    missed = torch.ones(len(truth), dtype=torch.bool)
-    for index in found.scores.argsort(descending=True).tolist():
-        free = overlap[index] * missed
-        if len(truth) and free.max() >= IOU:
-            right[index], missed[free.argmax()] = True, False
-    return Judgement(right, missed)
 
 
 def most_different(
@@ -63,7 +39,9 @@ def most_different(
     for number, record in enumerate(candidates, start=1):
         progress(f"looking for differences: image {number} of {len(candidates)}")
         truth = ground_truth(record)
-        errors = [judge(detector.detect(record, threshold), truth).errors for detector in detectors.values()]
+        errors = [
+            match_detections(detector.detect(record, threshold), truth).errors for detector in detectors.values()
+        ]
         differences.append(max(errors) - min(errors))
     order = sorted(range(len(candidates)), key=lambda index: -differences[index])
     return [candidates[index] for index in order[:count]]
@@ -93,12 +71,12 @@ def draw_comparison(
 def _verdict(image: np.ndarray, found: Instances, truth: Instances, class_names: Sequence[str]) -> Image.Image:
     order = found.scores.argsort()  # the surest lie on top
     found = found[order]
-    judgement = judge(found, truth)
-    missed = truth[judgement.missed]
+    match = match_detections(found, truth)
+    missed = truth[match.missed]
     boxes = torch.cat([missed.gt_boxes.tensor, found.pred_boxes.tensor])
     names = [name_of(k, class_names) for k in found.pred_classes.tolist()]
     labels = [""] * len(missed) + [f"{name} {score:.0%}" for name, score in zip(names, found.scores.tolist())]
-    colors = [MISSED] * len(missed) + [RIGHT if right else WRONG for right in judgement.right.tolist()]
+    colors = [MISSED] * len(missed) + [RIGHT if right else WRONG for right in match.right.tolist()]
     return _draw(image, boxes, labels, colors)
 
 

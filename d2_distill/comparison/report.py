@@ -14,13 +14,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..data.checks import check_dataset
 from ..data.registration import register_datasets
+from ..data.subset import evenly_spread
 from ..errors import UserError
+from ..evaluation.matching import IOU
 from . import plots, tables
 from .groups import Group, notes
-from .measures import (
-    SPEED_IMAGES, SPEED_ROUNDS, Detector, Measures, Record, evenly_spread, images_per_second, measure_size,
-)
-from .pictures import IOU, draw_comparison, most_different
+from .measures import SPEED_IMAGES, SPEED_ROUNDS, Detector, Measures, Record, images_per_second, measure_size
+from .pictures import draw_comparison, most_different
 from .runs import common_test_set
 
 PAGE, NUMBERS = "comparison.md", "comparison.csv"

@@ -26,6 +26,7 @@ from .mapper import ImageFileError, check_image_file, size_sentence
 from .problems import Kind, Problem
 from .records import boxes_xyxy, check_records, is_crowd, place_of
 from .registration import CocoFiles, VocFiles, declared_files
+from .subset import evenly_spread
 
 TINY_SIDE = 8.0  # pixels: a cell of the finest map that most one-stage detectors read
 SAME_OBJECT_IOU = 0.95
@@ -355,6 +356,6 @@ def _told(looks: dict[str, _Look], attribute: str, path: str, other: str) -> boo
 def samples(inspection: Inspection, number: int) -> Iterable[tuple[dict, np.ndarray]]:
     """Records, evenly over the set, with their images (H, W, 3) RGB; those that cannot be read are left out."""
     readable = [record for record in inspection.records if os.path.isfile(record["file_name"])]
-    for index in np.linspace(0, len(readable) - 1, min(number, len(readable))).round().astype(int):
+    for record in evenly_spread(readable, number):
         with contextlib.suppress(Exception):
-            yield readable[index], read_image(readable[index]["file_name"], "RGB")
+            yield record, read_image(record["file_name"], "RGB")

@@ -1,4 +1,4 @@
-"""A part of a data set that is evaluated as if it were all of it."""
+"""Some images of a data set, evenly spread; for an evaluation, as if they were all of it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import json
 import os
 import shutil
 import tempfile
-from typing import Any, Dict, Iterator, Sequence
+from typing import Any, Dict, Iterator, List, Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..comparison.measures import evenly_spread
-
 _ANNOTATIONS, _SPLITS = "Annotations", os.path.join("ImageSets", "Main")
+
+
+def evenly_spread(records: Sequence[Dict[str, Any]], count: int) -> List[Dict[str, Any]]:
+    """So many of the records, or all if there are fewer."""
+    count = min(count, len(records))
+    return [records[index * len(records) // count] for index in range(count)]
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Instances
 
-from ..comparison.pictures import judge
 from ..visualization import ground_truth
+from .matching import match_detections
 from .voc import average_precision
 
 
@@ -52,9 +52,9 @@ class Findings(DatasetEvaluator):
         for given, output in zip(inputs, outputs):
             truth = ground_truth(self._records[given["image_id"]])
             found: Instances = output["instances"].to("cpu")
-            judgement = judge(found, truth)
+            match = match_detections(found, truth)
             self._images[given["image_id"]] = ImageFindings(
-                found.scores, found.pred_classes, judgement.right, truth.gt_classes, judgement.missed
+                found.scores, found.pred_classes, match.right, truth.gt_classes, match.missed
             )
 
     def evaluate(self) -> Dict[str, Any]:

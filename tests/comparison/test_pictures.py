@@ -1,20 +1,19 @@
-"""Verdicts on detections, the choice of images, and pictures beside each other."""
+"""The choice of images, and pictures beside each other."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.data import DatasetCatalog
 
-from d2_distill.comparison.measures import Detector, evenly_spread, images_per_second, measure_size
+from d2_distill.comparison.measures import Detector, images_per_second, measure_size
 from d2_distill.comparison.pictures import (
-    GAP, MARGIN, MISSED, RIGHT, SIDE, TRUTH, WRONG, draw_comparison, judge, most_different,
+    GAP, MARGIN, MISSED, RIGHT, SIDE, TRUTH, WRONG, draw_comparison, most_different,
 )
 from d2_distill.comparison.runs import read_run
 from d2_distill.data.registration import register_datasets
 from d2_distill.errors import UserError
-from detectron2.data import DatasetCatalog
 
 from .small_runs import write_run
 
@@ -37,37 +36,6 @@ def records(data, tmp_path_factory):
 
 def silent(text: str) -> None:
     pass
-
-
-def instances(boxes, classes, scores=None):
-    boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-    classes = torch.tensor(classes, dtype=torch.int64)
-    if scores is None:
-        return Instances((40, 40), gt_boxes=boxes, gt_classes=classes)
-    return Instances((40, 40), pred_boxes=boxes, pred_classes=classes, scores=torch.tensor(scores, dtype=torch.float32))
-
-
-A, B, AWAY = [0.0, 0, 10, 10], [20.0, 20, 30, 30], [8.0, 8, 18, 18]
-
-
-def test_right_means_class_and_place_and_once():
-    truth = instances([A, B], [1, 2])
-    found = instances([A, B, AWAY, A], [1, 1, 1, 1], [0.5, 0.9, 0.9, 0.8])
-    judgement = judge(found, truth)
-    assert judgement.right.tolist() == [False, False, False, True]  # the surest on A; the other doubles it
-    assert judgement.missed.tolist() == [False, True] and judgement.errors == 4
-    assert judge(instances([A, B], [1, 2], [0.5, 0.4]), truth).errors == 0
-
-
-def test_nothing_found_and_nothing_there():
-    assert judge(instances([], [], []), instances([A], [1])).errors == 1
-    assert judge(instances([A], [1], [0.5]), instances([], [])).errors == 1
-    assert judge(instances([], [], []), instances([], [])).errors == 0
-
-
-def test_evenly_spread():
-    assert evenly_spread(range(10), 4) == [0, 2, 5, 7]
-    assert evenly_spread(range(3), 4) == [0, 1, 2] and evenly_spread([], 4) == []
 
 
 def test_images_on_which_errors_differ_most_come_first(detectors, records):

@@ -49,7 +49,7 @@ def test_good_sets_have_no_problem(tmp_path):
         ]
     assert "|        3 |                0 |       3 |" in set_table(found)
     assert [line.split()[1::2] for line in class_table(found).splitlines()[2:]] == [["cat", "2", "1"], ["dog", "1", "1"]]
-    assert [record["image_id"] for record, _ in samples(found[0], 2)] == [100, 102]
+    assert [record["image_id"] for record, _ in samples(found[0], 2)] == [100, 101]
     assert all(image.shape == (40, 60, 3) for _, image in samples(found[0], 5))
 
 

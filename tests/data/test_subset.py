@@ -6,11 +6,16 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2_distill.data.registration import register_datasets
-from d2_distill.data.subset import spread_subset
+from d2_distill.data.subset import evenly_spread, spread_subset
 from d2_distill.engine.trainer import Trainer
 from d2_distill.visualization import ground_truth
 
 from .small_sets import WIDE, small_cfg, write_coco, write_voc
+
+
+def test_evenly_spread():
+    assert evenly_spread(range(10), 4) == [0, 2, 5, 7]
+    assert evenly_spread(range(3), 4) == [0, 1, 2] and evenly_spread([], 4) == []
 
 
 @pytest.mark.parametrize("kind", ["coco", "voc"])
