@@ -13,7 +13,7 @@ from d2_distill.data.registration import register_datasets
 from d2_distill.errors import UserError
 from d2_distill.student import num_classes_key
 
-from ..small_detectors import CASES, SavedTeacher, detector_cfg, distiller_cfg, save_teacher
+from ..small_detectors import CASES, detector_cfg, distiller_cfg
 from .small_sets import CLASSES, write_coco, write_voc
 
 FOUR = ("ant", "bee", "cow", "dog")
