@@ -10,9 +10,9 @@ import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Instances
 
+from ..evaluation.matching import match_detections
+from ..evaluation.voc import average_precision
 from ..visualization import ground_truth
-from .matching import match_detections
-from .voc import average_precision
 
 
 @dataclass(frozen=True)

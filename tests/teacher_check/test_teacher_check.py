@@ -11,9 +11,10 @@ import torch
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from d2_distill.errors import UserError
-from d2_distill.evaluation.findings import Findings
-from d2_distill.evaluation.teacher_check import BAD, DOUBTFUL, GOOD, TeacherDetector, judge, other_preparations
 from d2_distill.teacher import Teacher
+from d2_distill.teacher_check.findings import Findings
+from d2_distill.teacher_check.preparations import TeacherDetector, other_preparations
+from d2_distill.teacher_check.verdict import BAD, DOUBTFUL, GOOD, judge
 
 from ..small_detectors import batch, build, detector_cfg
 
