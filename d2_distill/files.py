@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Iterator
 
 
+def partial_path(target: Path) -> Path:
+    """Where a file is written before it gets its name; of the same format by its suffix."""
+    return target.with_name(f"{target.stem}.partial{target.suffix}")
+
+
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """A path beside ``target`` to write to, which becomes ``target`` in the end; after an exception nothing is left."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The ending stays the last, since formats are known by it.
-    partial = target.with_name(f"{target.stem}.partial{target.suffix}")
+    partial = partial_path(target)
     try:
         yield partial
         os.replace(partial, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Optional, TextIO
+from typing import Optional
 
 SECONDS_BETWEEN_REPORTS = 5.0
 
@@ -12,7 +12,7 @@ SECONDS_BETWEEN_REPORTS = 5.0
 class Progress:
     """One line on the screen that the next one overwrites; in a log file the first of each kind.
 
-    The kind of a line is what stands before its colon; "" ends the line.
+    The kind of a line is what stands before its colon; "" ends the line, and so does the end of a ``with`` block.
     """
 
     def __init__(self) -> None:
@@ -35,17 +35,15 @@ class Progress:
 
 
 class StepProgress:
-    """Prints how many steps are done and how fast, some seconds apart.
+    """Prints to the standard error how many steps are done and how fast, some seconds apart.
 
     Args:
         what: of what, e.g. "images" or "frames of NAME".
         total: None if unknown.
-        stream: default: the standard output.
     """
 
-    def __init__(self, what: str, total: Optional[int], stream: Optional[TextIO] = None) -> None:
+    def __init__(self, what: str, total: Optional[int]) -> None:
         self.what = what
-        self.stream = stream
         self.total = f" of {total}" if total else ""
         self.done = 0
         self._start = self._reported = time.monotonic()
@@ -66,4 +64,4 @@ class StepProgress:
         rate = self.done / max(time.monotonic() - self._start, 1e-9)
         unit = self.what.split()[0]
         number = f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}"
-        print(f"{self.done}{self.total} {self.what}, {number} {unit}/s", file=self.stream, flush=True)
+        print(f"{self.done}{self.total} {self.what}, {number} {unit}/s", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 from d2_distill.data.quickstart import prepare
-from d2_distill.errors import UserError
+from d2_distill.errors import reported
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with reported():
         folder = prepare(
             args.root,
             train_images=args.train_images,
@@ -39,8 +39,6 @@ def main() -> None:
             size=args.size,
             seed=args.seed,
         )
-    except UserError as error:
-        sys.exit(f"error: {error}")
     print(f"Quick-start data: {folder}")
 
 

@@ -19,6 +19,7 @@ from typing import Dict, List, Optional, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+from d2_distill.command_line import whole_number
 from d2_distill.config import read_config
 from d2_distill.data.inspection import Inspection, inspect_annotations, inspect_images, samples
 from d2_distill.data.own_sets import add_data_arguments, name_data
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> bool:
     name_data(cfg, args.train_data, args.test_data)
     inspections = inspect_annotations(cfg)
     files = {record["file_name"] for each in inspections for record in each.records}
-    progress = StepProgress("images", len(files), stream=sys.stderr)
+    progress = StepProgress("images", len(files))
     inspect_images(inspections, decode=args.decode, step=progress.step)
     print(report(inspections, args.examples))
     if args.draw is not None:
@@ -95,9 +96,9 @@ def parser() -> argparse.ArgumentParser:
         "--no-decode", dest="decode", action="store_false",
         help="read only the head of each image file: faster, but broken images and those that look alike are not found",
     )
-    parser.add_argument("--examples", type=int, default=3, help="shown of each kind of problem (default: %(default)s)")
+    parser.add_argument("--examples", type=whole_number(0), default=3, help="shown of each kind of problem (default: %(default)s)")
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write images with their boxes there")
-    parser.add_argument("--images", type=int, default=12, help="of each data set, for --draw (default: %(default)s)")
+    parser.add_argument("--images", type=whole_number(1), default=12, help="of each data set, for --draw (default: %(default)s)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys that override the file")
     return parser
 

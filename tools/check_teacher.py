@@ -18,7 +18,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
@@ -26,15 +25,17 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+from d2_distill.command_line import whole_number
 from d2_distill.data.checks import check_datasets
 from d2_distill.data.registration import register_datasets
 from d2_distill.engine.evaluate import load_student
 from d2_distill.engine.setup import load_config
 from d2_distill.errors import UserError, reported
-from d2_distill.evaluation.teacher_check import GOOD, check_teacher
+from d2_distill.files import whole_file
 from d2_distill.progress import Progress
 from d2_distill.student import DISTILLER
 from d2_distill.teacher import Teacher
+from d2_distill.teacher_check import GOOD, check_teacher
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
@@ -158,13 +159,8 @@ def verdict_of(report: Dict[str, Any]) -> str:
 
 def write_json(report: Dict[str, Any], path: Path) -> None:
     """The file appears complete or not at all; what is not a number becomes null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(json.dumps(_without_nan(report), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _without_nan(value: Any) -> Any:
@@ -188,18 +184,13 @@ def _share(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.0%}"
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
 def main(arguments: Optional[List[str]] = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument(
-        "--images", type=_count, default=100, metavar="N", help="evenly spread over the data set (default: %(default)s)"
+        "--images", type=whole_number(1), default=100, metavar="N",
+        help="evenly spread over the data set (default: %(default)s)",
     )
     parser.add_argument(
         "--on", choices=("test", "train"), default="test",
@@ -207,19 +198,15 @@ def main(arguments: Optional[List[str]] = None) -> None:
     )
     parser.add_argument("--student-weights", metavar="FILE", help="checkpoint of the plain student, to compare with")
     parser.add_argument(
-        "--probe", type=_count, default=20, metavar="N",
+        "--probe", type=whole_number(0), default=20, metavar="N",
         help="of the images, so many are also tried with other colours, statistics and sizes (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys and values")
     args = parser.parse_args(arguments)
-    if args.images < 1:
-        parser.error("--images must be 1 or more")
     logging.getLogger("fvcore").setLevel(logging.ERROR)
-    progress = Progress()
-    with reported(), progress:
+    with reported(), Progress() as progress:
         report = run(args, progress)
-        progress("")
         if args.json:
             write_json(report, args.json)
     print(text_of(report))

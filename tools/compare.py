@@ -19,6 +19,7 @@ from typing import List, Optional, Tuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+from d2_distill.command_line import whole_number
 from d2_distill.comparison.groups import group_runs
 from d2_distill.comparison.report import Options, compare, require_folder, screen, write
 from d2_distill.comparison.runs import read_run
@@ -34,14 +35,6 @@ def named_folder(text: str) -> Tuple[str, Path]:
     if not (name and folder):
         raise argparse.ArgumentTypeError(f"{text!r} is neither FOLDER nor NAME=FOLDER")
     return name, Path(folder)
-
-
-def number(text: str) -> int:
-    """A whole number from 0 on."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
 
 
 def parse_args(arguments: Optional[List[str]]) -> argparse.Namespace:
@@ -61,7 +54,8 @@ def parse_args(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--unfinished", action="store_true", help="compare unfinished runs as they stand, marked with *")
     parser.add_argument("--no-speed", action="store_true", help="do not measure images/s")
     parser.add_argument(
-        "--images", type=number, default=6, metavar="N", help="test images to draw, 0 for none (default: %(default)s)"
+        "--images", type=whole_number(0), default=6, metavar="N",
+        help="test images to draw, 0 for none (default: %(default)s)",
     )
     parser.add_argument(
         "--pick", choices=("spread", "differ"), default="spread",
@@ -80,8 +74,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
         baseline=args.baseline, test_set=args.test_set, speed=not args.no_speed, images=args.images,
         score_threshold=args.score_threshold, pick=args.pick,
     )
-    progress = Progress()
-    with reported(), progress:
+    with reported(), Progress() as progress:
         require_folder(args.output)
         runs = [(name, read_run(folder, unfinished=args.unfinished)) for name, folder in args.runs]
         comparison = compare(group_runs(runs), options, progress=progress)

@@ -13,9 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
-import torch
 from d2_distill.config import read_config
-from d2_distill.conversion import read_tensors, require_new_file, save_converted
+from d2_distill.conversion import is_state_dict, read_tensors, require_new_file, save_converted
 from d2_distill.conversion.msad import convert
 from d2_distill.errors import UserError, reported
 from d2_distill.student import build_student
@@ -35,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     require_new_file(args.output)
     content = read_tensors(args.input)
     state = content.get("model", content) if isinstance(content, dict) else None
-    if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
+    if not is_state_dict(state):
         raise UserError(f"{args.input} holds no state dict of a detector; name a checkpoint of MSAD.")
     # The checkpoint, not the data that the config names, has the number of classes.
     source = f"The config ({args.config_file} with the command line's KEY VALUE)"

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 import numpy as np
 import torch
 import torchvision
-from d2_distill.conversion import Tensors, read_tensors, resnet_rules
+from d2_distill.conversion import Tensors, is_state_dict, read_tensors, require_new_file, resnet_rules
 from d2_distill.errors import UserError, reported
+from d2_distill.files import whole_file
 
 EXAMPLE = """
 Example:
@@ -98,9 +99,18 @@ def load_state_dict(path: Path) -> Dict[str, torch.Tensor]:
         UserError: the file is missing, cannot be read, or is not a dict of tensors.
     """
     state_dict = read_tensors(str(path))
-    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+    if not is_state_dict(state_dict):
         raise UserError(f"{path} is not a state dict, which has a tensor for each name; save model.state_dict().")
     return state_dict
+
+
+def run(args: argparse.Namespace) -> None:
+    require_new_file(args.output, ".pkl")
+    converted = convert(load_state_dict(args.input), source=str(args.input))
+    with whole_file(args.output) as path, path.open("wb") as file:
+        pickle.dump(converted, file)
+    values = sum(np.size(value) for value in converted["model"].values())
+    print(f"Wrote {len(converted['model'])} tensors ({values / 1e6:.1f} M values) to {args.output}.")
 
 
 def main() -> None:
@@ -109,22 +119,9 @@ def main() -> None:
     parser.add_argument("input", type=Path, help="torchvision checkpoint (.pth)")
     parser.add_argument("output", type=Path, help="file to write (.pkl)")
     args = parser.parse_args()
-    if args.output.suffix != ".pkl":
-        raise UserError(f"{args.output} must end with .pkl, by which Detectron2 knows the format.")
-    if args.output.exists():
-        raise UserError(f"{args.output} exists already; remove it or choose another name.")
-    converted = convert(load_state_dict(args.input), source=str(args.input))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(args.output, "wb") as f:
-            pickle.dump(converted, f)
-    except BaseException:
-        args.output.unlink(missing_ok=True)
-        raise
-    values = sum(np.size(value) for value in converted["model"].values())
-    print(f"Wrote {len(converted['model'])} tensors ({values / 1e6:.1f} M values) to {args.output}.")
+    with reported():
+        run(args)
 
 
 if __name__ == "__main__":
-    with reported():
-        main()
+    main()

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
 import torch
+from d2_distill.command_line import whole_number
 from d2_distill.data.checks import check_dataset
 from d2_distill.data.registration import register_datasets
 from d2_distill.engine.evaluate import evaluate, load_student
@@ -33,11 +34,11 @@ from d2_distill.evaluation.speed import synthetic_batch
 from d2_distill.evaluation.voc import voc_convention
 from d2_distill.export.checkpoint import read_checkpoint, to_half, write_checkpoint
 from d2_distill.export.description import describe
-from d2_distill.export.files import whole_file
 from d2_distill.export.graphs import build_graph
 from d2_distill.export.runtime import SUFFIXES, ExportedDetector, load_exported, padded
 from d2_distill.export.verification import Comparison, compare, milliseconds
 from d2_distill.export.writers import require_onnx, write_onnx, write_torchscript
+from d2_distill.files import whole_file
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
@@ -177,7 +178,7 @@ def parse_args() -> argparse.Namespace:
 
     config = argparse.ArgumentParser(add_help=False)
     config.add_argument("--config-file", required=True, metavar="FILE")
-    config.add_argument("--threads", type=int, default=torch.get_num_threads())
+    config.add_argument("--threads", type=whole_number(1), default=torch.get_num_threads())
 
     graph = argparse.ArgumentParser(add_help=False)
     graph.set_defaults(command=export_graph)
@@ -186,15 +187,19 @@ def parse_args() -> argparse.Namespace:
     images = graph.add_mutually_exclusive_group()
     images.add_argument("--image", action="append", metavar="FILE", help="a picture to compare on; may be repeated")
     images.add_argument("--noise", action="store_true", help="compare on noise")
-    graph.add_argument("--images", type=int, default=8, metavar="N", help="images of DATASETS.TEST (default: 8)")
-    graph.add_argument("--rounds", type=int, default=10, metavar="N", help="timed runs (default: 10)")
+    graph.add_argument(
+        "--images", type=whole_number(1), default=8, metavar="N", help="images of DATASETS.TEST (default: 8)"
+    )
+    graph.add_argument("--rounds", type=whole_number(1), default=10, metavar="N", help="timed runs (default: 10)")
 
     torchscript = commands.add_parser(
         "torchscript", description=GRAPH, parents=[config, graph], help="a file for torch.jit.load (.pt)")
     torchscript.set_defaults(format="torchscript")
     onnx = commands.add_parser("onnx", description=GRAPH, parents=[config, graph], help="an ONNX file (.onnx)")
     onnx.set_defaults(format="onnx")
-    onnx.add_argument("--fixed-size", type=int, nargs=2, metavar=("H", "W"), help="of all images; default: any size")
+    onnx.add_argument(
+        "--fixed-size", type=whole_number(1), nargs=2, metavar=("H", "W"), help="of all images; default: any size"
+    )
 
     evaluation = commands.add_parser("evaluate", description=EVALUATE, parents=[config], help="AP of a file")
     evaluation.set_defaults(command=evaluate_file)

@@ -29,15 +29,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
 import numpy as np
+from d2_distill.command_line import whole_number
 from d2_distill.config import split_overrides
 from d2_distill.engine.setup import load_config
 from d2_distill.errors import UserError, reported
+from d2_distill.files import partial_path, whole_file
 from d2_distill.predictor import Predictor
 from d2_distill.progress import StepProgress
 from d2_distill.student import DISTILLER
 from d2_distill.teacher import teacher_config
 from d2_distill.video import LiveRecording, VideoFile, VideoSource, Window, can_show
-from d2_distill.visualization import draw_detections, name_of, partial_path, side_by_side, write_picture
+from d2_distill.visualization import draw_detections, name_of, side_by_side, write_picture
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
@@ -174,9 +176,8 @@ class JsonLines:
             # Of a row that was being written when the program was killed there is no end of the line.
             lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["file_name"] in wanted]
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
         self.path = path
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -295,11 +296,10 @@ def predict(args: argparse.Namespace) -> List[str]:
         The inputs that could not be used.
     """
     sources = find_sources(args.input, args.output)
-    done = [source for source in sources if args.resume and source.camera is None and source.target.exists()]
+    done = {source for source in sources if args.resume and source.camera is None and source.target.exists()}
     if done:
         print(f"{len(done)} of {len(sources)} inputs are done already.")
     detectors = Detectors(build_predictors(args), args.score_threshold)
-    args.output.mkdir(parents=True, exist_ok=True)
     rows = JsonLines(args.output / JSON_FILE, [source.name for source in done]) if args.json else None
     left = [source for source in sources if source not in done]
     images = StepProgress("images", sum(source.is_image for source in left))
@@ -314,12 +314,6 @@ def predict(args: argparse.Namespace) -> List[str]:
     if images.done:
         images.report()
     return failed
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -341,8 +335,8 @@ def parse_args() -> argparse.Namespace:
         "--json", action="store_true", help=f"also write {JSON_FILE}: a line for each detection, in COCO's result form"
     )
     parser.add_argument("--resume", action="store_true", help="leave out inputs whose picture or video is there")
-    parser.add_argument("--every", type=_positive, default=1, metavar="N", help="of a video, take every N-th frame")
-    parser.add_argument("--max-frames", type=_positive, metavar="N", help="of a video or camera, take N frames at most")
+    parser.add_argument("--every", type=whole_number(1), default=1, metavar="N", help="of a video, take every N-th frame")
+    parser.add_argument("--max-frames", type=whole_number(1), metavar="N", help="of a video or camera, take N frames at most")
     parser.add_argument("opts", nargs="*", help="config keys and values")
     args = parser.parse_args()
     args.input, opts = split_overrides(args.input)

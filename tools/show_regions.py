@@ -25,14 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
 import numpy as np
 import torch
+from d2_distill.command_line import whole_number
 from d2_distill.config import split_overrides
 from d2_distill.data.checks import check_dataset
 from d2_distill.data.classes import dataset_classes
 from d2_distill.data.mapper import CheckedDatasetMapper
 from d2_distill.data.registration import register_datasets
+from d2_distill.data.subset import evenly_spread
 from d2_distill.engine.evaluate import load_student
 from d2_distill.engine.setup import load_config
 from d2_distill.errors import UserError, reported
+from d2_distill.files import whole_file
 from d2_distill.staged import stage_detector
 from d2_distill.student import build_student
 from d2_distill.teacher import Teacher
@@ -120,7 +123,7 @@ class Pair:
 
 
 def find_records(cfg: CfgNode, files: Sequence[str], number: int) -> List[Record]:
-    """Records of the named files, with boxes if they are in a data set of the config; without files, of ``number`` images.
+    """Records of the named files, with boxes if they are in a data set of the config; without files, of so many images.
 
     Raises:
         UserError: a data set cannot be used, a file is missing, or there is no data set.
@@ -131,8 +134,7 @@ def find_records(cfg: CfgNode, files: Sequence[str], number: int) -> List[Record
     if files:
         known = {os.path.realpath(record["file_name"]): record for name in names for record in _records(name)}
         return [known.get(os.path.realpath(file)) or _without_boxes(file) for file in files]
-    records = _records(names[0])
-    return records[:: max(1, len(records) // number)][:number]
+    return evenly_spread(_records(names[0]), number)
 
 
 def _records(name: str) -> List[Record]:
@@ -146,26 +148,34 @@ def _without_boxes(file: str) -> Record:
     return {"file_name": file}
 
 
+def _named(records: Sequence[Record]) -> Dict[str, Record]:
+    """By the names of their files, numbered where folders have files of the same name."""
+    named: Dict[str, Record] = {}
+    for record in records:
+        name = stem = Path(record["file_name"]).stem
+        number = 1
+        while name in named:
+            number += 1
+            name = f"{stem}_{number}"
+        named[name] = record
+    return named
+
+
 def show(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     register_datasets(cfg)
     records = find_records(cfg, args.input, args.images)
     pair = Pair(cfg)
-    args.output.mkdir(parents=True, exist_ok=True)
     told: set = set()
-    for number, record in enumerate(records, start=1):
+    for number, (name, record) in enumerate(_named(records).items(), start=1):
         figure, missing = pair.draw(record, args.regions, args.score_threshold)
         for sentence in missing:
             if sentence not in told:
                 print(sentence)
         told.update(missing)
-        target = args.output / f"{Path(record['file_name']).stem}.png"
-        partial = target.with_suffix(".partial")
-        try:
-            figure.savefig(partial, dpi=args.dpi, format="png")
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        target = args.output / f"{name}.png"
+        with whole_file(target) as path:
+            figure.savefig(path, dpi=args.dpi)
         print(f"{number} of {len(records)}: {target}", flush=True)
 
 
@@ -174,14 +184,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--input", nargs="+", default=[], metavar="IMAGE", help="image files")
-    parser.add_argument("--images", type=int, default=3, help="without --input (default: %(default)s)")
+    parser.add_argument("--images", type=whole_number(1), default=3, help="without --input (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("output/regions"), help="folder (default: %(default)s)")
     parser.add_argument(
         "--regions", nargs="+", choices=list(SELECTED), default=list(SELECTED), metavar="REGION",
         help=f"of {', '.join(SELECTED)} (default: all that the pair has)",
     )
     parser.add_argument("--score-threshold", type=float, default=0.5, help="of detections (default: %(default)s)")
-    parser.add_argument("--dpi", type=int, default=100, help="pixels an inch (default: %(default)s)")
+    parser.add_argument("--dpi", type=whole_number(1), default=100, help="pixels an inch (default: %(default)s)")
     parser.add_argument("opts", nargs="*", help="config keys and values")
     args = parser.parse_args()
     args.input, opts = split_overrides(args.input)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .files import require_new_file, require_pairs, save_converted, save_detector
 from .parts import TORCHVISION_STYLE, faster_rcnn_settings, pyramid, resnet, resnet_rules
-from .reading import read_tensors
+from .reading import is_state_dict, read_tensors
 from .result import Conversion, merged
 from .tensors import Converted, Tensors
 
@@ -14,6 +14,7 @@ __all__ = [
     "Converted",
     "Tensors",
     "faster_rcnn_settings",
+    "is_state_dict",
     "merged",
     "pyramid",
     "read_tensors",

@@ -16,13 +16,16 @@ from ..student import build_student
 from .result import Conversion
 
 
-def require_new_file(path: Path) -> None:
+def require_new_file(path: Path, suffix: str = ".pth") -> None:
     """
+    Args:
+        suffix: of the format.
+
     Raises:
         UserError: Detectron2 would not know the file's format, or the file exists.
     """
-    if path.suffix != ".pth":
-        raise UserError(f"{path} must end with .pth, by which Detectron2 knows the format.")
+    if path.suffix != suffix:
+        raise UserError(f"{path} must end with {suffix}, by which Detectron2 knows the format.")
     if path.exists():
         raise UserError(f"{path} exists already; remove it or choose another name.")
 

@@ -22,6 +22,15 @@ def read_tensors(path: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_TensorPickle)
 
 
+def is_state_dict(value: Any) -> bool:
+    """Whether the content of a file is a dict of tensors by their names."""
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
+    )
+
+
 class _Ignored:
     """Stands for every object that is not a tensor: logs of the trainer, numbers of NumPy, ..."""
 

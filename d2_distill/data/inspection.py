@@ -246,14 +246,13 @@ class _Look:
 
 
 def inspect_images(
-    inspections: Sequence[Inspection], *, decode: bool, step: Callable[[], None], threads: int | None = None
+    inspections: Sequence[Inspection], *, decode: bool, step: Callable[[], None]
 ) -> None:
     """Read every image file once, and add what is wrong with it to the inspections.
 
     Args:
         decode: False reads only the head of each file, by which broken ones and images that look alike are not found.
         step: called after each file.
-        threads: default: the processors that there are.
     """
     records = {record["file_name"]: record for each in inspections for record in each.records}
     sizes = {path: os.path.getsize(path) for path in records if os.path.isfile(path)}
@@ -263,7 +262,7 @@ def inspect_images(
         return path, _look(records[path], decode=decode, digest=sizes[path] in shared)
 
     looks: dict[str, _Look] = {}
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             for path, found in pool.map(look, sizes):
                 looks[path] = found

@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint import readable, require_file
 from ..errors import UserError
-from .files import whole_file
+from ..files import whole_file
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .boxes import class_color, draw_boxes, enlarged, ground_truth, name_of
 from .detections import draw_detections, side_by_side
-from .files import partial_path, write_picture
+from .files import write_picture
 from .panels import new_figure
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "ground_truth",
     "name_of",
     "new_figure",
-    "partial_path",
     "side_by_side",
     "write_picture",
 ]

@@ -26,7 +26,7 @@ def inspected(*coco, voc=(), train=None, test=(), decode=True, **keys):
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (80, 120), 1000
     cfg.DATASETS.TRAIN = tuple(row[0] for row in (*coco, *voc)) if train is None else train
     found = inspect_annotations(cfg)
-    inspect_images(found, decode=decode, step=lambda: None, threads=2)
+    inspect_images(found, decode=decode, step=lambda: None)
     return found
 
 

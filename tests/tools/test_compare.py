@@ -151,7 +151,7 @@ def test_mistakes_are_one_sentence(runs, tmp_path, capsys):
     )
     assert refused("=folder") == refused(runs / "teacher", "--images", "-1") == "2"
     message = capsys.readouterr().err
-    assert "'=folder' is neither FOLDER nor NAME=FOLDER" in message and "-1 is negative" in message
+    assert "'=folder' is neither FOLDER nor NAME=FOLDER" in message and "'-1' is not a whole number from 0 on" in message
     assert not (tmp_path / "out").exists()
 
 

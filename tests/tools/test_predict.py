@@ -63,7 +63,7 @@ def call(monkeypatch, capsys, tmp_path):
         command = ["predict.py", *map(str, arguments), "--output", str(tmp_path / "out"), "--score-threshold", "0.2"]
         monkeypatch.setattr(sys, "argv", command)
         predict.main()
-        return capsys.readouterr().out
+        return "".join(capsys.readouterr())
 
     return run
 

@@ -87,6 +87,16 @@ def test_named_images_have_boxes_if_a_data_set_has_them(row, call, tmp_path):
     assert with_regions[1] > 1.5 * without[1]
 
 
+def test_files_of_the_same_name_have_pictures_of_their_own(row, call, tmp_path):
+    config = write(tmp_path, detector_cfg("RetinaNet"), row)
+    files = [tmp_path / folder / "new.png" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        write_image(file, 60, 40, seed=0)
+    call(config, "--regions", "main", "--dpi", 50, "MODEL.WEIGHTS", "", "--input", *files)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["new.png", "new_2.png"]
+
+
 def test_mistakes_are_one_sentence(row, call, tmp_path):
     config = write(tmp_path, detector_cfg("GFL"), row)
     with pytest.raises(SystemExit, match="error: --input: there is no file none.png"):

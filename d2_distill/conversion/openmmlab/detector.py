@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Optional, Sequence
 
-from .. import Conversion, Tensors, merged
 from ...errors import UserError
+from .. import Conversion, Tensors, merged
 from .backbones import is_swin, pyramid, resnet, swin
 from .heads import dense_head, is_two_stage, two_stage_heads
 from .reading import Checkpoint

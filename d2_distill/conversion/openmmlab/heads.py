@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, Tuple
 
-from .. import Converted, Tensors, faster_rcnn_settings
 from ...detectors.anchor_order import to_size_outer
 from ...errors import UserError
+from .. import Converted, Tensors, faster_rcnn_settings
 
 # Of RetinaNet: sizes 4 * stride * 2^(octave / 3), ratios 1/2, 1, 2.
 NUM_SIZES = NUM_RATIOS = 3

@@ -7,8 +7,8 @@ from typing import Any, Dict, List
 
 import torch
 
-from .. import read_tensors
 from ...errors import UserError
+from .. import read_tensors
 
 
 @dataclass(frozen=True)

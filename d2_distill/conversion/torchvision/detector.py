@@ -6,8 +6,8 @@ from typing import Dict, Optional, Sequence
 
 import torch
 
-from .. import TORCHVISION_STYLE, Conversion, Converted, Tensors, merged, pyramid, resnet
 from ...errors import UserError
+from .. import TORCHVISION_STYLE, Conversion, Converted, Tensors, merged, pyramid, resnet
 from .heads import heads
 
 _BODY = r"backbone\.body\."

@@ -10,9 +10,9 @@ from typing import Any, Dict, Iterator, Sequence, Tuple
 
 import torch
 
-from .. import Converted, Tensors, faster_rcnn_settings
 from ...detectors.anchor_order import to_size_outer
 from ...errors import UserError
+from .. import Converted, Tensors, faster_rcnn_settings
 from .classes import Classes, kept_classes
 
 # RetinaNet's anchors of a cell, and the sides of their squares, in whole pixels.

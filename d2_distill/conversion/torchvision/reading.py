@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Dict
+from typing import Dict
 
 import torch
 
-from .. import read_tensors
 from ...errors import UserError
+from .. import is_state_dict, read_tensors
 
 # Where trainers put the state dict; "model" is that of torchvision's references.
 _NESTS = ("model", "state_dict", "model_state_dict")
@@ -25,17 +25,9 @@ def read_state_dict(path: str) -> Dict[str, torch.Tensor]:
     content = read_tensors(path)
     candidates = [content, *(content.get(name) for name in _NESTS)] if isinstance(content, dict) else []
     for state in candidates:
-        if _is_state_dict(state):
+        if is_state_dict(state):
             return {re.sub(f"^{_WRAPPERS}", "", name): value for name, value in state.items()}
     raise UserError(
         f"The checkpoint: {path} holds no state dict of a detector, plain or under {', '.join(_NESTS)}; "
         "save model.state_dict()."
-    )
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
     )
