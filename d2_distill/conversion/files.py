@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checkpoint import load_exactly
 from ..errors import UserError
+from ..files import whole_file
 from ..student import build_student
 from .result import Conversion
 
@@ -77,9 +78,9 @@ def save_converted(
     Raises:
         UserError: the tensors do not fill the model exactly; then there is no file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.save({"model": state_dict}, path)
+        with whole_file(path) as partial:
+            torch.save({"model": state_dict}, partial)
         load_exactly(model, str(path), key=key)
     except BaseException:
         path.unlink(missing_ok=True)
