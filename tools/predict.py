@@ -168,6 +168,9 @@ class JsonLines:
 
     Args:
         keep: names of files whose rows in an existing file stay.
+
+    Raises:
+        UserError: the existing file is another's.
     """
 
     def __init__(self, path: Path, keep: Sequence[str]) -> None:
@@ -175,7 +178,12 @@ class JsonLines:
         if wanted and path.exists():
             # Of a row that was being written when the program was killed there is no end of the line.
             lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["file_name"] in wanted]
+            try:
+                kept = [line for line in lines if json.loads(line)["file_name"] in wanted]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{path} was not written by this tool; remove it, or name another folder by --output."
+                ) from None
         with whole_file(path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
         self.path = path

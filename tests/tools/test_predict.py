@@ -192,6 +192,9 @@ def test_resume_does_what_is_left(pair, call, tmp_path):
     assert sorted(map(json.dumps, rows_of(out))) == sorted(map(json.dumps, rows))
     call(*pair, "--input", folder, "--json")
     assert (out / "a.png").read_bytes() == kept and (out / "detections.jsonl").read_text() == whole
+    (out / "detections.jsonl").write_text("[1]\n")
+    with pytest.raises(SystemExit, match="detections.jsonl was not written by this tool"):
+        call(*pair, "--input", folder, "--json", "--resume")
 
 
 @pytest.fixture
