@@ -11,6 +11,8 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..config import read_config
+from ..errors import UserError
+from ..student import num_classes_key
 from .tensors import Converted
 
 
@@ -36,11 +38,14 @@ class Conversion:
             source: what error messages call the checkpoint.
 
         Raises:
-            UserError: ``opts`` do not fit the config.
+            UserError: ``opts`` do not fit the config, or the names of the classes are not as many as the outputs.
         """
         state_dict, settings = converted
         flat = [item for pair in settings.items() for item in pair]
         cfg = read_config("", [*flat, *opts], source=f"The config of {source} with the command line's KEY VALUE")
+        names, outputs = cfg.DATASETS.CLASSES, functools.reduce(getattr, num_classes_key(cfg).split("."), cfg)
+        if names and len(names) != outputs:
+            raise UserError(f"DATASETS.CLASSES has {len(names)} names, but {source} has {outputs} classes; name each once.")
         return cls(state_dict, cfg, list(dict.fromkeys([*settings, *opts[::2]])))
 
     def yaml(self, **more: Any) -> str:

@@ -45,7 +45,7 @@ def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
     with held_back():
         data = {option: getattr(args, option, ()) for option in ("train_data", "test_data")}
         cfg = load_config(args.config_file, args.opts, **data)
-        register_datasets(cfg)
+        register_datasets(cfg, names=cfg.DATASETS.TEST if args.eval_only else None)
         voc_convention(cfg.TEST.VOC_CONVENTION)
         check_datasets(cfg, train=not args.eval_only)
         cfg = with_classes(cfg)  # some data sets tell their classes only when they are loaded

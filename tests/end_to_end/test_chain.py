@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import yaml
+from d2_distill.engine.setup import load_config
 
 from ..data.small_sets import write_voc
 from .runs import QUIET, TINY, average_precision, checkpoint, contents, distiller, scalars, write_config
@@ -76,6 +77,18 @@ def test_evaluation_needs_no_teacher(server, distilled, tmp_path):
         "MODEL.DISTILL.TEACHER.WEIGHTS", tmp_path / "none.pth", "OUTPUT_DIR", tmp_path,
     ).succeeded()
     assert "Teacher" not in outcome.stdout
+
+
+def test_evaluation_needs_no_training_data(server, plain, tmp_path):
+    """A run's config and checkpoint, where there are only images to evaluate on."""
+    cfg = load_config(str(plain.config), [])
+    train, val = cfg.DATASETS.COCO
+    gone = {"DATASETS": {"COCO": [[train[0], "gone.json", "gone"], list(val)], "CLASSES": list(cfg.DATASETS.CLASSES)}}
+    config = write_config(tmp_path / "gone.yaml", {"_BASE_": str(plain.config)}, gone)
+    arguments = ("--config-file", config, "OUTPUT_DIR", tmp_path / "out", "MODEL.WEIGHTS", plain.weights)
+    outcome = server.run("--eval-only", *arguments).succeeded()
+    assert average_precision(outcome)[0] == pytest.approx(scalars(plain.folder)["bbox/AP"], abs=1e-4)
+    assert "gone.json" in server.run(*arguments).errors[0]
 
 
 def test_voc_evaluation(server, teacher, voc_data, tmp_path):

@@ -473,6 +473,7 @@ def test_refused_arguments(tmp_path, gfl_state):
         ([good, out, "--style", "pytorch", "MODEL.GFL.NORM"], "is an odd number of words"),
         ([good, out], "does not tell MODEL.PIXEL_MEAN, .*STD, INPUT.FORMAT, MODEL.RESNETS.STRIDE_IN_1X1;"),
         ([good, out, "--style", "pytorch", "MODEL.GFL.NEW", "1"], "KEY VALUE is not valid: .*MODEL.GFL.NEW"),
+        ([good, out, "--style", "pytorch", "DATASETS.CLASSES", "('cat',)"], "CLASSES has 1 names, but .* classes; name"),
         ([str(tmp_path / "text.pth"), out], "text.pth cannot be read as a checkpoint"),
         ([str(tmp_path / "absent.pth"), out], "there is no file .*absent.pth"),
     ):
