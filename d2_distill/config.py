@@ -32,6 +32,9 @@ def read_config(config_file: str, opts: Sequence, *, source: str) -> CN:
             Python file.
     """
     cfg = get_distill_cfg()
+    for option in opts:
+        if str(option).startswith("--"):  # argparse takes all that follows a key for keys and values
+            raise UserError(f"{option} stands behind config keys; name options before them.")
     with _in_one_sentence(source):
         imports = _imports(config_file, opts)
     add_user_config(cfg, imports)

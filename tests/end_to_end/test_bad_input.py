@@ -54,6 +54,7 @@ def test_config_file_missing(server, tmp_path):
         (("SOLVER.BASE_LRR", "0.1"), ["SOLVER.BASE_LRR", "correct it"]),
         (("SOLVER.BASE_LR", "fast"), ["SOLVER.BASE_LR", "float", "str"]),
         (("SOLVER.BASE_LR",), ["SOLVER.BASE_LR", "odd length"]),
+        (("SOLVER.BASE_LR", "0.1", "--resume"), ["--resume stands behind config keys"]),
     ],
 )
 def test_key_or_value(refuse, data, opts, says):
