@@ -94,12 +94,19 @@ def main():
     parser.add_argument("--min-score", type=float, default=0.5, help="of what is shown (default: 0.5)")
     args = parser.parse_args()
 
-    run, description = (load_onnx if args.model.endswith(".onnx") else load_torchscript)(args.model)
+    try:
+        run, description = (load_onnx if args.model.endswith(".onnx") else load_torchscript)(args.model)
+    except Exception as error:  # each runtime has errors of its own
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        sys.exit(f"error: {args.model} cannot be loaded ({reason}); name a file of tools/export.py.")
     if not description["post_processing"]:
         sys.exit("error: the model has raw outputs; this example needs one that was exported without --raw.")
     names = description["class_names"]
     for path in args.pictures:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        try:
+            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        except OSError as error:
+            sys.exit(f"error: {path} is no picture that can be read ({error}); leave it out.")
         boxes, scores, classes = detect(run, description, picture)
         shown = scores >= args.min_score
         labels = []

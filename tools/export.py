@@ -5,7 +5,7 @@
     python tools/export.py onnx --config-file output/distilled/config.yaml --output student.onnx \\
         MODEL.WEIGHTS output/distilled/model_final.pth
     python tools/export.py torchscript --config-file ... --output student.pt MODEL.WEIGHTS ...
-    python tools/export.py evaluate student.onnx --config-file ...
+    python tools/export.py evaluate --config-file ... student.onnx
 
 A distillation's config exports its plain student; no teacher is built. More in docs/shipping.md.
 """

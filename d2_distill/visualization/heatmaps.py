@@ -181,7 +181,7 @@ def _draw_map(panel, image: np.ndarray, values, stride: int, maps: LevelMaps, na
 
 def _draw_bar(panel, maps: LevelMaps, common: float) -> None:
     panel.imshow(np.linspace(0, 1, 256)[None], cmap=COLORS, aspect="auto")
-    low, high, label = SCALES.get(maps.scaling) or ("0", f"{common:.2g} or more", "of all maps")
+    low, high, label = SCALES.get(maps.scaling) or ("0", f"≥ {common:.2g}", "of all maps")
     for x, text, side in ((0, low, "left"), (0.5, label, "center"), (1, high, "right")):
         panel.text(x, -0.5, text, transform=panel.transAxes, ha=side, va="top", fontsize=7)
 
