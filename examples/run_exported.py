@@ -101,6 +101,11 @@ def main():
         sys.exit(f"error: {args.model} cannot be loaded ({reason}); name a file of tools/export.py.")
     if not description["post_processing"]:
         sys.exit("error: the model has raw outputs; this example needs one that was exported without --raw.")
+    try:
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: --output: {args.output} cannot be made a folder ({error.strerror}); name another.")
     names = description["class_names"]
     for path in args.pictures:
         try:
@@ -116,7 +121,6 @@ def main():
         if not labels:
             print(f"{path}: nothing that scores {args.min_score} or more")
         if args.output:
-            args.output.mkdir(parents=True, exist_ok=True)
             draw(picture, boxes[shown], labels).save(args.output / (Path(path).stem + ".png"))
 
 

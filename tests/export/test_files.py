@@ -222,6 +222,10 @@ def test_example_finds_the_same(suffix, tmp_path, onnx):
     torch.testing.assert_close(corners, expected.pred_boxes.tensor, rtol=0, atol=0.06)
     assert Image.open(tmp_path / "drawn" / "photo.png").size == (56, 40)
 
-    for wrong in ([str(path), "absent.png"], ["absent" + suffix, "photo.png"]):
+    for wrong, named in (
+        ([str(path), "absent.png"], "absent"),
+        (["absent" + suffix, "photo.png"], "absent"),
+        ([str(path), "photo.png", "--output", "photo.png"], "--output: photo.png"),
+    ):
         outcome = run_program(script, *wrong, cwd=tmp_path)
-        assert outcome.code == 1 and outcome.stderr.startswith("error: absent") and "Traceback" not in outcome.stderr
+        assert outcome.code == 1 and outcome.stderr.startswith(f"error: {named}") and "Traceback" not in outcome.stderr
