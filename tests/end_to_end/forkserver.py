@@ -55,6 +55,8 @@ def _wait(pid: int, timeout: float) -> int:
 def become(request: dict) -> None:
     """Take over the standard streams, folder, environment and arguments that the request names."""
     os.setpgid(0, 0)
+    # As in a terminal: where the tests run in the background, their shell has Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.flush()
     for number, path in enumerate((os.devnull, request["stdout"], request["stderr"])):
         target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)

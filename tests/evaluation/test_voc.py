@@ -234,7 +234,7 @@ def test_log_and_selection_by_the_config(voc, caplog):
 
 
 def test_unknown_convention_is_refused_before_training():
-    args = argparse.Namespace(config_file="", opts=["TEST.VOC_CONVENTION", "coco"])
+    args = argparse.Namespace(config_file="", opts=["TEST.VOC_CONVENTION", "coco"], eval_only=False)
     with pytest.raises(UserError, match="TEST.VOC_CONVENTION is 'coco'; choose one of devkit, openmmlab"):
         setup(args)
 
