@@ -34,7 +34,7 @@ quickstart: $(INSTALLED)  ## train a teacher, a plain and a distilled student on
 	  $(OUTPUT)/teacher plain=$(OUTPUT)/student $(OUTPUT)/distilled
 
 test: $(INSTALLED)  ## run the tests
-	$(ONE_THREAD) $(RUN) -m pytest tests -q
+	$(ONE_THREAD) $(RUN) -m pytest tests -q -n 2 --dist loadfile
 
 $(VENV)/.installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and \

@@ -34,7 +34,7 @@ setup(
         "tools": ["scikit-learn", "matplotlib", "tensorboard", "faster-coco-eval", "opencv-python"],
         # ONNX files of tools/export.py: written, and run
         "export": ["onnx", "onnxruntime"],
-        "test": ["pytest"],
+        "test": ["pytest", "pytest-xdist"],
     },
     # The embedded Detectron2 lies in a plain folder that is put on sys.path, hence namespace packages.
     packages=find_namespace_packages(include=["d2_distill", "d2_distill.*"], exclude=["*.__pycache__"]),
