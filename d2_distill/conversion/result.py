@@ -45,7 +45,9 @@ class Conversion:
         cfg = read_config("", [*flat, *opts], source=f"The config of {source} with the command line's KEY VALUE")
         names, outputs = cfg.DATASETS.CLASSES, functools.reduce(getattr, num_classes_key(cfg).split("."), cfg)
         if names and len(names) != outputs:
-            raise UserError(f"DATASETS.CLASSES has {len(names)} names, but {source} has {outputs} classes; name each once.")
+            raise UserError(
+                f"DATASETS.CLASSES has {len(names)} names, but {source} has {outputs} classes; name each once."
+            )
         return cls(state_dict, cfg, list(dict.fromkeys([*settings, *opts[::2]])))
 
     def yaml(self, **more: Any) -> str:

@@ -30,13 +30,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def name_data(cfg: CfgNode, train_data: Sequence[Sequence[str]], test_data: Sequence[Sequence[str]]) -> None:
     """Declare data sets in ``DATASETS.COCO`` and ``DATASETS.VOC``, and put them in the place of the config's own.
 
-    Training data without test data also empty ``DATASETS.TEST``; test data alone leave ``DATASETS.TRAIN`` as it is. Rows of
-    the config that are used no more are taken out. A set's name is made of the last parts of its path. The classes of a Pascal VOC folder are ``DATASETS.CLASSES`` or, if
-    empty, those that its files name.
+    Training data without test data also empty ``DATASETS.TEST``; test data alone leave ``DATASETS.TRAIN`` as it is. Rows
+    of the config that are used no more are taken out. A set's name is made of the last parts of its path. The classes
+    of a Pascal VOC folder are ``DATASETS.CLASSES`` or, if empty, those that its files name.
 
     Args:
-        train_data, test_data: pairs of a COCO annotation file and an image folder, or of a Pascal VOC folder and a split.
-            A path that is not in the working directory is below ``$DETECTRON2_DATASETS`` (default: ``datasets``).
+        train_data, test_data: pairs of a COCO annotation file and an image folder, or of a Pascal VOC folder and a
+            split. A path that is not in the working directory is below ``$DETECTRON2_DATASETS`` (default: ``datasets``).
 
     Raises:
         UserError: a path does not exist.
