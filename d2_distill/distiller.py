@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Dict, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -11,12 +12,12 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from .detectors.building import build_detector
 from .errors import UserError
-from .gradient_ratio import WeightedTerm, feature_gradients, report, scalar_name
 from .methods import build_methods
+from .methods.gradient_ratio import WeightedTerm, feature_gradients, report_ratios, scalar_name
 from .methods.pairing import require_teacher
 from .staged import Run, Taps, stage_detector
-from .student import build_student
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Distiller(nn.Module):
         methods: name -> :class:`~d2_distill.methods.DistillMethod`.
         input_format: channel order of the student's images.
         inherited: what the student starts with from the teacher, see :func:`inherit`.
-        gradient_ratio_period: iterations between two reports of :mod:`~d2_distill.gradient_ratio`; 0 for none.
+        gradient_ratio_period: iterations between two reports of :mod:`~d2_distill.methods.gradient_ratio`; 0 for none.
     """
 
     @configurable
@@ -47,7 +48,7 @@ class Distiller(nn.Module):
         self,
         *,
         student: nn.Module,
-        teacher: Optional[Teacher],
+        teacher: Teacher | None,
         methods: nn.ModuleDict,
         input_format: str,
         inherited: Sequence[str] = (),
@@ -66,8 +67,8 @@ class Distiller(nn.Module):
         self.inherit()
 
     @classmethod
-    def from_config(cls, cfg) -> Dict[str, Any]:
-        student = build_student(cfg)
+    def from_config(cls, cfg) -> dict[str, Any]:
+        student = build_detector(cfg)
         # The initialisation of teacher and adapters must not shift the random numbers of plain training.
         # Models are made on the CPU; forking GPU generators as well would open every GPU of the machine.
         with torch.random.fork_rng(devices=[]):
@@ -97,7 +98,7 @@ class Distiller(nn.Module):
     def device(self) -> torch.device:
         return self.student.device
 
-    def forward(self, batched_inputs: Sequence[Dict[str, Any]]):
+    def forward(self, batched_inputs: Sequence[dict[str, Any]]):
         """Detectron2's contract: a dict of losses in training, the student's detections in evaluation."""
         if not self.training:
             return self.student(batched_inputs)
@@ -117,19 +118,19 @@ class Distiller(nn.Module):
         return losses
 
     def _wanted_taps(self) -> Taps:
-        wanted: Dict[str, frozenset] = {}
+        wanted: dict[str, frozenset] = {}
         for method in self.methods.values():
             for branch, positions in method.taps().items():
                 wanted[branch] = wanted.get(branch, frozenset()) | positions
         return wanted
 
-    def _distill(self, student: Run, teacher: Optional[Run]) -> Dict[str, torch.Tensor]:
+    def _distill(self, student: Run, teacher: Run | None) -> dict[str, torch.Tensor]:
         storage = get_event_storage()
         features = list(student.features.values())
         period = self.gradient_ratio_period
         is_due = period > 0 and (storage.iter + 1) % period == 0
-        losses: Dict[str, torch.Tensor] = {}
-        measured: List[WeightedTerm] = []
+        losses: dict[str, torch.Tensor] = {}
+        measured: list[WeightedTerm] = []
         for name, method in self.methods.items():
             for term, value in method(student, teacher).items():
                 if self._unchecked_steps:
@@ -141,7 +142,7 @@ class Distiller(nn.Module):
                 if is_due:
                     measured.append(method.weighted_term(term, value, storage.iter))
         if measured:
-            report(list(student.losses.values()), measured, features)
+            report_ratios(list(student.losses.values()), measured, features)
         return losses
 
 
@@ -176,7 +177,7 @@ def inherit(student: nn.Module, teacher: nn.Module, entries: Sequence[str]) -> N
             ours[name].copy_(theirs[other])
 
 
-def _check_term(method: str, term: str, value: torch.Tensor, features: List[torch.Tensor]) -> None:
+def _check_term(method: str, term: str, value: torch.Tensor, features: list[torch.Tensor]) -> None:
     """A silent or broken term must stop the run in its first steps."""
     if not torch.isfinite(value):
         raise UserError(

@@ -6,19 +6,12 @@ going through them. Detectors keep their own ``forward``, which equals the stage
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property, wraps
 from typing import (
     Any,
     Callable,
-    Dict,
-    FrozenSet,
-    List,
-    Mapping,
     NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    Type,
 )
 
 import torch
@@ -27,8 +20,8 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from .assigners import Assignment, GroundTruth
-from .class_mapping import keep_outputs
 from .errors import UserError
+from .layers.class_outputs import keep_outputs
 
 
 class stage(cached_property):
@@ -53,7 +46,7 @@ class Tap(NamedTuple):
     activated: bool = True
 
 
-Taps = Mapping[str, FrozenSet[Tap]]
+Taps = Mapping[str, frozenset[Tap]]
 
 
 class Tower:
@@ -74,7 +67,7 @@ class Tower:
     def end(self) -> Tap:
         return Tap(len(self))
 
-    def run(self, x: torch.Tensor, start: Tap = Tap(0), stop: Optional[Tap] = None) -> torch.Tensor:
+    def run(self, x: torch.Tensor, start: Tap = Tap(0), stop: Tap | None = None) -> torch.Tensor:
         """Feature (N, C, H, W) at the tap ``start`` to that at ``stop``, by default the tower's end."""
         for layer in self.layers[self._depth(start) : self._depth(stop or self.end)]:
             x = layer(x)
@@ -116,15 +109,15 @@ class StagedDetector:
         """What the sides of a batch are multiples of."""
         return max(self.model.backbone.size_divisibility, 1)
 
-    def feature_shapes(self) -> Dict[str, ShapeSpec]:
+    def feature_shapes(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each entry of ``Run.features``, in their order."""
         raise NotImplementedError
 
-    def preprocess(self, batched_inputs: Sequence[Dict[str, Any]]) -> ImageList:
+    def preprocess(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
         """Normalise and batch the images of Detectron2 dataset dicts."""
         return self.model.preprocess_image(batched_inputs)
 
-    def features(self, images: ImageList) -> Dict[str, torch.Tensor]:
+    def features(self, images: ImageList) -> dict[str, torch.Tensor]:
         """Feature maps (N, C, H, W) that the heads read."""
         features = self.model.backbone(images.tensor)
         return {name: features[name] for name in self.feature_shapes()}
@@ -132,9 +125,9 @@ class StagedDetector:
     def run(
         self,
         images: ImageList,
-        gt_instances: Optional[List[Instances]] = None,
+        gt_instances: list[Instances] | None = None,
         *,
-        taps: Optional[Taps] = None,
+        taps: Taps | None = None,
         frozen: bool = False,
     ) -> "Run":
         """Start a run; nothing is computed before a field of it is read.
@@ -155,7 +148,7 @@ class Run:
         self,
         staged: StagedDetector,
         images: ImageList,
-        gt_instances: Optional[List[Instances]],
+        gt_instances: list[Instances] | None,
         taps: Taps,
         frozen: bool,
     ) -> None:
@@ -166,7 +159,7 @@ class Run:
         self.frozen = frozen
 
     @stage
-    def features(self) -> Dict[str, torch.Tensor]:
+    def features(self) -> dict[str, torch.Tensor]:
         """Feature name -> (N, C, H, W)."""
         return self.staged.features(self.images)
 
@@ -176,7 +169,7 @@ class Run:
         return GroundTruth.from_instances(self.gt_instances)
 
     @stage
-    def losses(self) -> Dict[str, torch.Tensor]:
+    def losses(self) -> dict[str, torch.Tensor]:
         """The detector's own losses on ground truth, as its ``forward`` returns them in training."""
         raise NotImplementedError
 
@@ -193,9 +186,9 @@ class StagedDense(StagedDetector):
         atss_topk: candidates a level of a box, for its ATSS threshold.
     """
 
-    towers: Dict[str, Tower]
-    predictors: Dict[str, Tuple[str, nn.Module]]
-    reg_max: Optional[int] = None
+    towers: dict[str, Tower]
+    predictors: dict[str, tuple[str, nn.Module]]
+    reg_max: int | None = None
     assigns_points = False
     averages_normalizer = True
     atss_topk = 9
@@ -213,15 +206,15 @@ class StagedDense(StagedDetector):
         self.model.num_classes = len(classes)
 
     @property
-    def in_features(self) -> List[str]:
+    def in_features(self) -> list[str]:
         return list(self.model.head_in_features)
 
-    def feature_shapes(self) -> Dict[str, ShapeSpec]:
+    def feature_shapes(self) -> dict[str, ShapeSpec]:
         shapes = self.model.backbone.output_shape()
         return {name: shapes[name] for name in self.in_features}
 
     @property
-    def strides(self) -> List[int]:
+    def strides(self) -> list[int]:
         """Of the levels, in pixels."""
         return [shape.stride for shape in self.feature_shapes().values()]
 
@@ -236,30 +229,30 @@ class StagedDense(StagedDetector):
         _, layer = self.predictors[output]
         return layer(feature)
 
-    def anchors(self, features: List[torch.Tensor]) -> List[Boxes]:
+    def anchors(self, features: list[torch.Tensor]) -> list[Boxes]:
         return self.model.anchor_generator(features)
 
-    def assign(self, anchors: List[Boxes], gt_instances: List[Instances]) -> Assignment:
+    def assign(self, anchors: list[Boxes], gt_instances: list[Instances]) -> Assignment:
         labels, boxes = self.model.label_anchors(anchors, gt_instances)
         return Assignment(torch.stack(labels), torch.stack(boxes), self.num_classes)
 
     def valid_anchors(
-        self, anchors: List[Boxes], gt_instances: List[Instances]
-    ) -> Optional[torch.Tensor]:
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> torch.Tensor | None:
         """(N, R) bool, False for anchors that only see padding; None if the detector makes no difference."""
         return None
 
     def losses(
-        self, anchors: List[Boxes], outputs: Dict[str, List[torch.Tensor]], assignment: Assignment
-    ) -> Dict[str, torch.Tensor]:
+        self, anchors: list[Boxes], outputs: dict[str, list[torch.Tensor]], assignment: Assignment
+    ) -> dict[str, torch.Tensor]:
         """The detector's losses; ``outputs`` are per level (N, H*W*A, K)."""
         raise NotImplementedError
 
-    def class_scores(self, outputs: Dict[str, torch.Tensor]) -> torch.Tensor:
+    def class_scores(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Class probabilities (..., K) of outputs (..., K); no centerness in them."""
         return outputs["logits"].sigmoid()
 
-    def decode(self, anchors: List[Boxes], deltas: torch.Tensor) -> torch.Tensor:
+    def decode(self, anchors: list[Boxes], deltas: torch.Tensor) -> torch.Tensor:
         """Boxes (N, R, 4) XYXY in pixels from box outputs (N, R, box_dim) of all levels, not clipped."""
         levels = zip(anchors, self.strides)
         strides = torch.cat([boxes.tensor.new_full((len(boxes),), stride) for boxes, stride in levels])
@@ -284,13 +277,13 @@ class DenseRun(Run):
     staged: StagedDense
 
     @stage
-    def taps(self) -> Dict[str, Dict[Tap, List[torch.Tensor]]]:
+    def taps(self) -> dict[str, dict[Tap, list[torch.Tensor]]]:
         """branch -> place -> per level (N, C, H, W); the end of each tower is always there."""
         features = list(self.features.values())
-        taps: Dict[str, Dict[Tap, List[torch.Tensor]]] = {}
+        taps: dict[str, dict[Tap, list[torch.Tensor]]] = {}
         for branch, tower in self.staged.towers.items():
             wanted = sorted(self.wanted_taps.get(branch, frozenset()) | {tower.end})
-            kept: Dict[Tap, List[torch.Tensor]] = {tap: [] for tap in wanted}
+            kept: dict[Tap, list[torch.Tensor]] = {tap: [] for tap in wanted}
             # Level by level: norms that cycle over the levels count the calls.
             for x in features:
                 done = Tap(0)
@@ -302,7 +295,7 @@ class DenseRun(Run):
         return taps
 
     @stage
-    def predictions(self) -> Dict[str, List[torch.Tensor]]:
+    def predictions(self) -> dict[str, list[torch.Tensor]]:
         """Output name -> per level raw predictions (N, A*K, H, W)."""
         ends = {branch: self.taps[branch][tower.end] for branch, tower in self.staged.towers.items()}
         return {
@@ -311,17 +304,17 @@ class DenseRun(Run):
         }
 
     @stage
-    def outputs(self) -> Dict[str, List[torch.Tensor]]:
+    def outputs(self) -> dict[str, list[torch.Tensor]]:
         """Output name -> per level (N, H*W*A, K), in the order of the anchors."""
         return {name: self.flatten(name, maps) for name, maps in self.predictions.items()}
 
     @stage
-    def anchors(self) -> List[Boxes]:
+    def anchors(self) -> list[Boxes]:
         """Per level, H*W*A boxes."""
         return self.staged.anchors(list(self.features.values()))
 
     @stage
-    def valid_anchors(self) -> Optional[torch.Tensor]:
+    def valid_anchors(self) -> torch.Tensor | None:
         """(N, R) bool, see :meth:`StagedDense.valid_anchors`."""
         return self.staged.valid_anchors(self.anchors, self.gt_instances)
 
@@ -330,10 +323,10 @@ class DenseRun(Run):
         return self.staged.assign(self.anchors, self.gt_instances)
 
     @stage
-    def losses(self) -> Dict[str, torch.Tensor]:
+    def losses(self) -> dict[str, torch.Tensor]:
         return self.staged.losses(self.anchors, self.outputs, self.assignment)
 
-    def flatten(self, output: str, maps: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    def flatten(self, output: str, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Maps (N, A*K, H, W) -> (N, H*W*A, K), a level each."""
         flat = []
         for level, x in enumerate(maps):
@@ -344,25 +337,25 @@ class DenseRun(Run):
         return flat
 
 
-_STAGED: Dict[Type[nn.Module], Type[StagedDetector]] = {}
+_STAGED: dict[type[nn.Module], type[StagedDetector]] = {}
 
 
-def register_staged(model_class: Type[nn.Module]) -> Callable[[Type[StagedDetector]], Type[StagedDetector]]:
+def register_staged(model_class: type[nn.Module]) -> Callable[[type[StagedDetector]], type[StagedDetector]]:
     """Class decorator: this adapter runs ``model_class`` and its subclasses in stages."""
 
-    def register(adapter: Type[StagedDetector]) -> Type[StagedDetector]:
+    def register(adapter: type[StagedDetector]) -> type[StagedDetector]:
         _STAGED[model_class] = adapter
         return adapter
 
     return register
 
 
-def list_staged() -> List[str]:
+def list_staged() -> list[str]:
     """Names of the detectors that can be run in stages."""
     return sorted(model_class.__name__ for model_class in _STAGED)
 
 
-def adapter_of(model_class: type) -> Optional[Type[StagedDetector]]:
+def adapter_of(model_class: type) -> type[StagedDetector] | None:
     """What runs a class of detectors in stages, if anything does."""
     for base in model_class.__mro__:
         if base in _STAGED:

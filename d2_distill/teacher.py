@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -13,14 +14,14 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import class_mapping
-from .checkpoint import load_exactly
-from .config import read_config
+from .checkpoint.exact import load_exactly
+from .config.class_names import ALIASES_KEY, describe_match, match_classes
+from .config.model_zoo import checkpoint_url, find_config
+from .config.reading import read_config
 from .data.classes import dataset_classes, with_classes
+from .detectors.building import build_detector, num_classes_key
 from .errors import UserError
-from .model_zoo import checkpoint_url, find_config
 from .staged import Run, StagedDetector, Taps, stage_detector
-from .student import build_student, num_classes_key
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Teacher:
         input_format: str,
         classes: Sequence[str] = (),
         lacks: Sequence[str] = (),
-        cfg: Optional[CfgNode] = None,
+        cfg: CfgNode | None = None,
         batch_statistics: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -59,7 +60,7 @@ class Teacher:
         self.cfg = cfg
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> Optional["Teacher"]:
+    def from_config(cls, cfg: CfgNode) -> "Teacher" | None:
         """Build and load the teacher of ``MODEL.DISTILL.TEACHER``; None if no config file is named.
 
         Of its classes only those of the student are kept, in the student's order, if it knows all of them by name.
@@ -80,7 +81,7 @@ class Teacher:
         return teacher
 
     @classmethod
-    def untrained(cls, cfg: CfgNode) -> Optional["Teacher"]:
+    def untrained(cls, cfg: CfgNode) -> "Teacher" | None:
         """The same without its weights, which need not exist: to ask what it could teach."""
         if not cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
             return None
@@ -88,7 +89,7 @@ class Teacher:
 
     @classmethod
     def _build(cls, cfg: CfgNode, teacher_cfg: CfgNode, *, trained: bool) -> "Teacher":
-        model = build_student(teacher_cfg)
+        model = build_detector(teacher_cfg)
         if trained:
             load_exactly(model, teacher_cfg.MODEL.WEIGHTS, key="MODEL.DISTILL.TEACHER.WEIGHTS")
         classes, lacks = _take_classes(cfg, teacher_cfg, stage_detector(model))
@@ -111,13 +112,13 @@ class Teacher:
 
     def run(
         self,
-        batched_inputs: Sequence[Dict[str, Any]],
+        batched_inputs: Sequence[dict[str, Any]],
         student_images: ImageList,
         *,
         student_format: str,
         normalises_alike: bool,
-        gt_instances: Optional[List[Instances]] = None,
-        taps: Optional[Taps] = None,
+        gt_instances: list[Instances] | None = None,
+        taps: Taps | None = None,
     ) -> Run:
         """Start a frozen run on the student's batch; nothing is computed before a method reads it.
 
@@ -186,7 +187,7 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
 
 def _take_classes(
     cfg: CfgNode, teacher_cfg: CfgNode, staged: StagedDetector
-) -> Tuple[Sequence[str], Sequence[str]]:
+) -> tuple[Sequence[str], Sequence[str]]:
     """Make the teacher know the student's classes only, in model and config, if it knows all of them.
 
     Returns:
@@ -195,14 +196,14 @@ def _take_classes(
     ours, theirs, aliases = dataset_classes(cfg), dataset_classes(teacher_cfg), cfg.MODEL.DISTILL.TEACHER.CLASS_ALIASES
     if aliases and not (ours and theirs):
         raise UserError(
-            f"{class_mapping.KEY} is set, but the class names of the {'student' if theirs else 'teacher'} are not "
+            f"{ALIASES_KEY} is set, but the class names of the {'student' if theirs else 'teacher'} are not "
             "known; name them in DATASETS.CLASSES of its config."
         )
     if not (ours and theirs) or ours == theirs:
         return theirs, ()
-    found = class_mapping.match_classes(ours, theirs, aliases)
+    found = match_classes(ours, theirs, aliases)
     lacks = [name for name, index in zip(ours, found) if index is None]
-    summary = class_mapping.describe(ours, theirs, found)
+    summary = describe_match(ours, theirs, found)
     if lacks:
         logger.warning(
             "Teacher: it has %s, but not %s; methods that compare classes cannot use it.", summary, ", ".join(lacks)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
-from d2_distill.data.quickstart import prepare
+from d2_distill.apps.quickstart import prepare
 from d2_distill.errors import reported
 
 

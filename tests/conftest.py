@@ -2,9 +2,10 @@
 
 import logging
 
-import d2_distill  # noqa: F401
 import pytest
 import torch
+
+import d2_distill  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

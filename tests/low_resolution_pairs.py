@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any
 
 STAGES = ["res2", "res3", "res4", "res5"]
 # Factor -> what the heads read, and what a pyramid of the whole image has above P5.
@@ -12,7 +12,7 @@ PYRAMID = "build_mobilenet_v2_fpn_backbone"
 INHERIT = ("backbone.pyramid=detector.backbone", "head=detector.head")
 
 
-def _common(factor: int) -> Dict[str, Any]:
+def _common(factor: int) -> dict[str, Any]:
     return {
         "MOBILENETV2__WIDTH_MULT": 0.125,
         "MOBILENETV2__OUT_STAGES": (1, 2, 4, 6),
@@ -25,7 +25,7 @@ def _common(factor: int) -> Dict[str, Any]:
     }
 
 
-def of_teacher(detector: str = "OpenMMLabFCOS", factor: int = 2) -> Dict[str, Any]:
+def of_teacher(detector: str = "OpenMMLabFCOS", factor: int = 2) -> dict[str, Any]:
     """Overrides of the case "MultiScaleDetector"."""
     return {
         **_common(factor),
@@ -36,7 +36,7 @@ def of_teacher(detector: str = "OpenMMLabFCOS", factor: int = 2) -> Dict[str, An
     }
 
 
-def of_student(factor: int = 2) -> Dict[str, Any]:
+def of_student(factor: int = 2) -> dict[str, Any]:
     """Overrides of the case of a one-stage detector; its levels are those of the teacher's low resolution."""
     return {
         **_common(factor),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from detectron2.config import CfgNode
 
-from d2_distill.student import student_config
+from d2_distill.detectors.building import plain_config
 
 # HEAD's students have OpenMMLab's conventions, the published iterations and clipped gradients.
 STUDENTS = re.compile(
@@ -92,7 +92,7 @@ def assert_student(path: str, cfg: CfgNode) -> None:
         assert tuple(cfg.MODEL.MOBILENETV2.OUT_STAGES) == (1, 2, 4, 7)
     else:
         assert (backbone.FREEZE_AT, backbone.FIXED_BN_STATISTICS) == (2, True)
-    student = student_config(cfg).MODEL.META_ARCHITECTURE
+    student = plain_config(cfg).MODEL.META_ARCHITECTURE
     if student == "OpenMMLabRetinaNet":
         assert (cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE, cfg.MODEL.FPN.TOP_BLOCK_RELU) == ("res5", False)
         assert cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA == 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -12,9 +13,9 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
+from d2_distill.detectors.building import build_detector
 from d2_distill.staged import StagedDetector, Tap, Taps
-from d2_distill.student import build_student
 
 from .golden.cases import fill_parameters
 
@@ -73,7 +74,7 @@ _CASCADE = {
     "ROI_BOX_CASCADE_HEAD.IOUS": [0.5, 0.2, 0.1],
 }
 # Case -> base config and overrides below MODEL. The name up to a space is the meta-architecture.
-CASES: Dict[str, Tuple[str, Dict[str, Any]]] = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "RetinaNet": ("Base-RetinaNet.yaml", _DENSE),
     # Its towers' norms hold statistics for each level and count their calls.
     "RetinaNet BN": ("Base-RetinaNet.yaml", {**_DENSE, "RETINANET.NORM": "BN", "RESNETS.NORM": "BN"}),
@@ -106,10 +107,10 @@ def detector_cfg(case: str, **overrides: Any) -> CfgNode:
     return cfg
 
 
-def build(cfg: CfgNode, salt: Optional[int] = None) -> nn.Module:
+def build(cfg: CfgNode, salt: int | None = None) -> nn.Module:
     """The plain detector as initialised with seed 0; with a salt, with larger, diverse parameters instead."""
     torch.manual_seed(0)
-    model = build_student(cfg)
+    model = build_detector(cfg)
     if salt is not None:
         fill_parameters(model, salt)
     return model
@@ -131,7 +132,7 @@ def save_teacher(folder: Path, case: str, **overrides: Any) -> SavedTeacher:
 
 
 def distiller_cfg(
-    case: str, teacher: Optional[SavedTeacher], methods: Sequence[str] = (), **overrides: Any
+    case: str, teacher: SavedTeacher | None, methods: Sequence[str] = (), **overrides: Any
 ) -> CfgNode:
     """Config of a distilled student; overrides as for :func:`detector_cfg`."""
     node = {
@@ -147,7 +148,7 @@ def distiller_cfg(
     return detector_cfg(case, **{**node, **overrides})
 
 
-def allowed_methods(case: str, teacher_case: str) -> List[str]:
+def allowed_methods(case: str, teacher_case: str) -> list[str]:
     """The methods that serve a student and a teacher of these cases."""
     crosskd = ["CrossKD"] if {case, teacher_case} <= set(ONE_STAGE) else []
     crosskd_roi = ["CrossKDRoI"] if case not in ONE_STAGE and teacher_case == "GeneralizedRCNN" else []
@@ -163,7 +164,7 @@ def all_taps(staged: StagedDetector) -> Taps:
     }
 
 
-def image_input(height: int, width: int, boxes=(), classes=(), seed: int = 0) -> Dict[str, Any]:
+def image_input(height: int, width: int, boxes=(), classes=(), seed: int = 0) -> dict[str, Any]:
     """A Detectron2 dataset dict, as the mapper makes it."""
     generator = torch.Generator().manual_seed(seed)
     instances = Instances((height, width))
@@ -173,7 +174,7 @@ def image_input(height: int, width: int, boxes=(), classes=(), seed: int = 0) ->
     return {"image": image, "height": height, "width": width, "instances": instances}
 
 
-def batch(seed: int = 0) -> List[Dict[str, Any]]:
+def batch(seed: int = 0) -> list[dict[str, Any]]:
     """Two images of different sizes, which a batch pads to 96 x 96; three boxes."""
     return [
         image_input(64, 96, [[4, 4, 40, 44], [50, 10, 90, 60]], [0, 2], seed=seed),

@@ -14,12 +14,12 @@ from detectron2.engine import DefaultTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2_distill import provider
+from d2_distill.apps.conversion.openmmlab import Checkpoint, convert_openmmlab
+from d2_distill.detectors.building import DISTILLER, build_detector, plain_config
 from d2_distill.distiller import inherit
 from d2_distill.engine.setup import load_config
 from d2_distill.methods import build_methods
-from d2_distill.conversion.openmmlab import Checkpoint, convert
 from d2_distill.staged import stage_detector
-from d2_distill.student import DISTILLER, build_student, student_config
 from d2_distill.teacher import Teacher, teacher_config
 
 from . import published_head
@@ -27,7 +27,7 @@ from .tools import openmmlab_models
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-import convert_openmmlab  # noqa: E402
+import convert_openmmlab as openmmlab_tool  # noqa: E402
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 # Configs that follow OpenMMLab's recipe and not Detectron2's.
@@ -178,11 +178,11 @@ def test_builds(path):
             NotImplementedError, match=r"DEFORM_ON_PER_STAGE is .*True.*needs an installed Detectron2"
         )
     with expectation, NoRandomFill():
-        student = stage_detector(build_student(cfg))
+        student = stage_detector(build_detector(cfg))
         assert student.num_classes > 0
         teacher = None
         if other is not None:
-            teacher = Teacher(build_student(other), input_format=other.INPUT.FORMAT, cfg=other)
+            teacher = Teacher(build_detector(other), input_format=other.INPUT.FORMAT, cfg=other)
         if cfg.MODEL.META_ARCHITECTURE == DISTILLER:
             methods = build_methods(cfg, student, teacher)
             assert list(methods) == list(cfg.MODEL.DISTILL.METHODS)
@@ -309,7 +309,7 @@ def test_students_of_msad_start_as_their_teachers(path):
     """Every tensor is inherited, but the differences are none of what the detector is."""
     cfg, other = read(path)
     with NoRandomFill():
-        student, teacher = build_student(cfg), build_student(other)
+        student, teacher = build_detector(cfg), build_detector(other)
     for value in teacher.state_dict().values():
         value.fill_(3)
     inherit(student, teacher, cfg.MODEL.DISTILL.INHERIT)
@@ -347,7 +347,7 @@ def test_solver(path):
     """A learning rate in proportion to the batch, and no exception for norms in the weight decay."""
     cfg, _ = read(path)
     solver = cfg.SOLVER
-    rate = 0.02 if student_config(cfg).MODEL.META_ARCHITECTURE == "GeneralizedRCNN" else 0.01
+    rate = 0.02 if plain_config(cfg).MODEL.META_ARCHITECTURE == "GeneralizedRCNN" else 0.01
     rate *= 3 if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" else 1
     assert solver.BASE_LR / solver.IMS_PER_BATCH == pytest.approx(rate / 16)
     assert solver.WEIGHT_DECAY_NORM == solver.WEIGHT_DECAY == 1e-4
@@ -375,7 +375,7 @@ def conversion_command(path: str):
     found = re.search(r"# python tools/convert_openmmlab\.py ((?:.*\\\n)*.*)", text)
     if found:
         words = shlex.split(re.sub(r"\\\n\s*#", " ", found[1]))
-        return convert_openmmlab.parser().parse_intermixed_args(words)
+        return openmmlab_tool.parser().parse_intermixed_args(words)
 
 
 CONVERSIONS = {path: command for path in CONFIGS for command in [conversion_command(path)] if command}
@@ -389,7 +389,7 @@ def test_converted_teachers(path, monkeypatch):
     command = CONVERSIONS[path]
     assert other.MODEL.WEIGHTS == str(command.output)
     layout = Checkpoint(zoo_layout(monkeypatch, *ORIGINALS[str(command.input)]), "")
-    conversion = convert(layout, style=command.style, opts=command.opts)
+    conversion = convert_openmmlab(layout, style=command.style, opts=command.opts)
     expected, found = (flat(cfg.MODEL, "MODEL") for cfg in (conversion.cfg, other))
     different = {key for key in found if found[key] != expected[key] and not FOR_TRAINING.fullmatch(key)}
     if "swin" in other.MODEL.BACKBONE.NAME:

@@ -13,13 +13,13 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from d2_distill.data.registration import register_datasets
+from d2_distill.detectors.building import build_detector, plain_config
 from d2_distill.distiller import CHECKED_STEPS, Distiller
-from d2_distill.engine.evaluate import evaluate, load_student
+from d2_distill.engine.evaluate import evaluate, load_detector
 from d2_distill.engine.trainer import build_checkpointer
 from d2_distill.errors import UserError
 from d2_distill.methods import DistillMethod
-from d2_distill.schedules import build_schedule
-from d2_distill.student import build_student, student_config
+from d2_distill.methods.schedules import build_schedule
 
 from .data.small_sets import write_coco
 from .small_detectors import (
@@ -88,7 +88,7 @@ def test_checkpoint_is_the_students(case, teachers, tmp_path):
     saved = torch.load(tmp_path / "model.pth", weights_only=True)
     assert {name.split(".")[0] for name in saved["distill"]} == {"FeatureImitation"}
 
-    plain = build_model(student_config(distiller_cfg(case, None)))
+    plain = build_model(plain_config(distiller_cfg(case, None)))
     assert type(plain).__name__ == case.split()[0] and list(saved["model"]) == list(plain.state_dict())
     plain.load_state_dict(saved["model"], strict=True)
     trained = model.student.state_dict()
@@ -326,9 +326,9 @@ def test_evaluation_builds_no_teacher(tmp_path):
         build_model(cfg)
 
     register_datasets(cfg)
-    DetectionCheckpointer(build_student(cfg), str(tmp_path)).save("student")
+    DetectionCheckpointer(build_detector(cfg), str(tmp_path)).save("student")
     cfg.MODEL.WEIGHTS = str(tmp_path / "student.pth")
-    model = load_student(cfg)
+    model = load_detector(cfg)
     assert type(model).__name__ == "RetinaNet" and "AP" in evaluate(cfg, model)["bbox"]
 
 

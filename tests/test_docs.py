@@ -8,15 +8,15 @@ import importlib.util
 import io
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List, Set
 
 import pytest
 import yaml
 from detectron2.config import CfgNode
 
-from d2_distill.config import get_distill_cfg
-from d2_distill.user_code import add_user_config
+from d2_distill.config.keys import get_distill_cfg
+from d2_distill.config.user_code import add_user_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -35,7 +35,7 @@ COMMAND = re.compile(r"python3? ((?:tools/|datasets/)?\w+\.py)((?:[^`\n\\]|\\\n)
 MADE = re.compile(r"configs/mine|datasets/(quickstart|bccd|coco|VOC)")
 
 
-def slugs(page: str) -> Set[str]:
+def slugs(page: str) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", PAGES[page]), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -67,9 +67,9 @@ def test_every_page_is_linked():
 
 
 @functools.lru_cache(maxsize=None)
-def all_keys() -> Set[str]:
+def all_keys() -> set[str]:
     """Every key and node of a config."""
-    found: Set[str] = set()
+    found: set[str] = set()
 
     def walk(node: CfgNode, prefix: str) -> None:
         for key, value in node.items():
@@ -99,7 +99,7 @@ def test_configs(page):
         cfg.merge_from_other_cfg(CfgNode(values))
 
 
-def expanded(pattern: str) -> List[str]:
+def expanded(pattern: str) -> list[str]:
     """The patterns without braces that a pattern with alternatives in braces stands for."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
+
+from d2_distill.apps.command_line.progress import Progress
 from d2_distill.errors import UserError, reported
-from d2_distill.progress import Progress
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from d2_distill.detectors import MultiScaleDetector, OneStageDetector
+from d2_distill.detectors import MultiScaleDetector, TowerDetector
 from d2_distill.errors import UserError
 from d2_distill.staged import StagedDense, Tap, Tower, list_staged, stage, stage_detector
 
@@ -64,7 +64,7 @@ def one_stage(model: nn.Module) -> nn.Module:
 def final_scores(staged: StagedDense, outputs) -> torch.Tensor:
     """What the detector ranks its detections by, (..., num_classes)."""
     scores = staged.class_scores(outputs)[..., : staged.num_classes]
-    if isinstance(one_stage(staged.model), OneStageDetector):
+    if isinstance(one_stage(staged.model), TowerDetector):
         return one_stage(staged.model).final_scores(scores, outputs)
     return (scores * outputs["centerness"].sigmoid()).sqrt() if "centerness" in outputs else scores
 
@@ -205,7 +205,7 @@ def test_outputs_are_in_the_order_of_the_anchors(dense):
     run, strides = start(dense, frozen=True), [shape.stride for shape in dense.feature_shapes().values()]
     # GFLv2 has one class output too many.
     detector = one_stage(dense.model)
-    box_dim = detector.box_coder.box_dim if isinstance(detector, OneStageDetector) else 4
+    box_dim = detector.box_coder.box_dim if isinstance(detector, TowerDetector) else 4
     widths = {"logits": 4 if dense.kind == "GFLv2" else 3, "deltas": box_dim, "centerness": 1}
     assert set(run.outputs) == set(dense.predictors) <= set(widths)
     for level, (anchors, stride) in enumerate(zip(run.anchors, strides)):

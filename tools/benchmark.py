@@ -14,16 +14,24 @@ import itertools
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Sequence
+from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
 import torch
-from d2_distill.checkpoint import load_exactly
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+from d2_distill.checkpoint.exact import load_exactly
 from d2_distill.data.checks import check_dataset
 from d2_distill.data.registration import register_datasets
+from d2_distill.detectors.building import DISTILLER, build_detector
 from d2_distill.distiller import CHECKED_STEPS, Distiller
 from d2_distill.engine.optimizer import build_optimizer
 from d2_distill.engine.setup import load_config
@@ -32,13 +40,7 @@ from d2_distill.errors import UserError, reported
 from d2_distill.evaluation.complexity import count_parameters, flops_by_module
 from d2_distill.evaluation.speed import seconds_in_turns, seconds_of, synthetic_batch
 from d2_distill.staged import DenseRun, stage_detector
-from d2_distill.student import DISTILLER, build_student
 from d2_distill.teacher import teacher_config
-from detectron2.config import CfgNode
-from detectron2.utils.events import EventStorage
-from tabulate import tabulate
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 STEP = """
 Four arms run interleaved in one process on one synthetic batch: a step of the plain student, the forward pass
@@ -58,7 +60,7 @@ a synthetic image. Those of a two-stage detector depend on its proposals. Of a d
 pass of a training step adds to its own, and the parameters trained beside it. No weights are loaded.
 """
 WARMUP_IMAGES = 5  # not counted: allocation and autotuning
-Batch = List[Dict[str, Any]]
+Batch = list[dict[str, Any]]
 
 
 def training_step(model: nn.Module, cfg: CfgNode, batch: Batch) -> Callable[[], None]:
@@ -168,7 +170,7 @@ def build_distiller(cfg: CfgNode) -> Distiller:
     with tempfile.TemporaryDirectory() as folder:
         if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
             cfg.MODEL.DISTILL.TEACHER.WEIGHTS = str(Path(folder) / "teacher.pth")
-            teacher = damp(build_student(teacher_config(cfg)))
+            teacher = damp(build_detector(teacher_config(cfg)))
             torch.save({"model": teacher.state_dict()}, cfg.MODEL.DISTILL.TEACHER.WEIGHTS)
         distiller = Distiller(cfg).to(cfg.MODEL.DEVICE)
     damp(distiller.student)
@@ -182,7 +184,7 @@ def benchmark_step(cfg: CfgNode, args: argparse.Namespace) -> None:
     distiller = build_distiller(cfg)
     if not distiller.methods:
         raise UserError(f"{args.config_file} distils nothing; give it MODEL.DISTILL.METHODS with weights.")
-    student = damp(build_student(cfg))
+    student = damp(build_detector(cfg))
     batch = synthetic_batch(args.batch_size, *args.image_size, num_classes=distiller.staged.num_classes)
     with EventStorage():
         arms = {"plain student step": training_step(student, cfg, batch)}
@@ -226,11 +228,11 @@ def test_images(cfg: CfgNode, args: argparse.Namespace) -> Iterable[Batch]:
 
 def benchmark_inference(cfg: CfgNode, args: argparse.Namespace) -> None:
     images = test_images(cfg, args)
-    model = build_student(cfg)
+    model = build_detector(cfg)
     if cfg.MODEL.WEIGHTS:
         load_exactly(model, cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
     model = model.to(memory_format=torch.channels_last).eval()
-    seconds: List[float] = []
+    seconds: list[float] = []
     with torch.no_grad():
         for number, batch in enumerate(itertools.islice(images, args.max_images), start=1):
             duration = seconds_of(lambda: model(batch))
@@ -245,7 +247,7 @@ def benchmark_inference(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def report_size(cfg: CfgNode, args: argparse.Namespace) -> None:
-    model = build_student(cfg).eval()
+    model = build_detector(cfg).eval()
     batch = synthetic_batch(1, *args.image_size, num_classes=1)
     height, width = stage_detector(model).preprocess(batch).tensor.shape[-2:]
     # The detector, its parts, and what the pyramid stands on.
@@ -266,7 +268,7 @@ def report_size(cfg: CfgNode, args: argparse.Namespace) -> None:
         print(tabulate(training_rows(build_distiller(cfg), args.image_size), headers=headers, floatfmt=".3f"))
 
 
-def training_rows(distiller: Distiller, image_size: Sequence[int]) -> List[List[Any]]:
+def training_rows(distiller: Distiller, image_size: Sequence[int]) -> list[list[Any]]:
     """Name, parameters and multiply-adds of the forward pass of a step: of the student alone, and what comes to it."""
     num_classes = distiller.staged.num_classes
     batch = synthetic_batch(1, *image_size, num_classes=num_classes)

@@ -13,30 +13,30 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
-from d2_distill.command_line import whole_number
-from d2_distill.config import read_config
-from d2_distill.data.inspection import Inspection, inspect_annotations, inspect_images, samples
+from d2_distill.apps.command_line.arguments import whole_number
+from d2_distill.apps.command_line.progress import StepProgress
+from d2_distill.apps.data_check.inspection import Inspection, inspect_annotations, inspect_images, samples
+from d2_distill.apps.data_check.statistics import class_table, set_table
+from d2_distill.apps.pictures import class_color, draw_boxes, ground_truth, name_of, write_picture
+from d2_distill.config.model_zoo import find_config
+from d2_distill.config.reading import read_config
 from d2_distill.data.own_sets import add_data_arguments, name_data
 from d2_distill.data.problems import Kind, Problem
-from d2_distill.data.statistics import class_table, set_table
 from d2_distill.errors import reported
-from d2_distill.model_zoo import find_config
-from d2_distill.progress import StepProgress
-from d2_distill.visualization import class_color, draw_boxes, ground_truth, name_of, write_picture
 
 
 def report(inspections: Sequence[Inspection], examples: int) -> str:
     """All problems, grouped by data set and kind, and two tables."""
-    lines: List[str] = []
+    lines: list[str] = []
     for inspection in inspections:
         lines.append(f"{inspection.name} ({', '.join(inspection.keys)}): {inspection.source or 'not found'}")
-        groups: Dict[Kind, List[Problem]] = {}
+        groups: dict[Kind, list[Problem]] = {}
         for problem in inspection.problems:
             groups.setdefault(problem.kind, []).append(problem)
         for kind, group in sorted(groups.items(), key=lambda item: not item[0].is_error):
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     with reported():
         good = run(args)

@@ -19,25 +19,27 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
-from d2_distill.command_line import whole_number
-from d2_distill.data.checks import check_datasets
-from d2_distill.data.registration import register_datasets
-from d2_distill.engine.evaluate import load_student
-from d2_distill.engine.setup import load_config
-from d2_distill.errors import UserError, reported
-from d2_distill.files import whole_file
-from d2_distill.progress import Progress
-from d2_distill.student import DISTILLER
-from d2_distill.teacher import Teacher
-from d2_distill.teacher_check import GOOD, check_teacher
 from detectron2.config import CfgNode
 from tabulate import tabulate
+
+import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+from d2_distill.apps.command_line.arguments import whole_number
+from d2_distill.apps.command_line.files import whole_file
+from d2_distill.apps.command_line.progress import Progress
+from d2_distill.apps.teacher_check import GOOD, check_teacher
+from d2_distill.data.checks import check_datasets
+from d2_distill.data.registration import register_datasets
+from d2_distill.detectors.building import DISTILLER
+from d2_distill.engine.evaluate import load_detector
+from d2_distill.engine.setup import load_config
+from d2_distill.errors import UserError, reported
+from d2_distill.teacher import Teacher
 
 LISTED = 5  # files that are named
 
@@ -89,7 +91,7 @@ def _log_shown(name: str) -> Iterator[None]:
         shown.setLevel(level)
 
 
-def run(args: argparse.Namespace, progress: Progress) -> Dict[str, Any]:
+def run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     cfg = with_teacher(load_config(args.config_file, args.opts), args.config_file, args.opts)
     register_datasets(cfg)
     data_set = choose_data_set(cfg, args.on)
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Dict[str, Any]:
         student_cfg = cfg.clone()
         student_cfg.defrost()
         student_cfg.MODEL.WEIGHTS = args.student_weights
-        student = load_student(student_cfg, weights_key="--student-weights").eval()
+        student = load_detector(student_cfg, weights_key="--student-weights").eval()
     report = check_teacher(
         cfg, teacher, data_set, images=args.images, probe=args.probe, student=student, progress=progress
     )
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Dict[str, Any]:
     return {"teacher": about, "on": args.on, **report}
 
 
-def text_of(report: Dict[str, Any]) -> str:
+def text_of(report: dict[str, Any]) -> str:
     """The report for people."""
     about = report["teacher"]
     lines = [
@@ -148,7 +150,7 @@ def text_of(report: Dict[str, Any]) -> str:
     return "\n".join([*lines, "", verdict_of(report)])
 
 
-def verdict_of(report: Dict[str, Any]) -> str:
+def verdict_of(report: dict[str, Any]) -> str:
     """One sentence."""
     if report["verdict"] == GOOD:
         reasons = [f"AP50 {_number(report['AP50'])}, and nothing speaks against it"]
@@ -157,7 +159,7 @@ def verdict_of(report: Dict[str, Any]) -> str:
     return f"Verdict: {report['verdict']} to teach: {'; '.join(reasons)}."
 
 
-def write_json(report: Dict[str, Any], path: Path) -> None:
+def write_json(report: dict[str, Any], path: Path) -> None:
     """The file appears complete or not at all; what is not a number becomes null."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(_without_nan(report), indent=1) + "\n", encoding="utf-8")
@@ -171,7 +173,7 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _table(rows: List[List[Any]], headers: Sequence[str]) -> str:
+def _table(rows: list[list[Any]], headers: Sequence[str]) -> str:
     alignment = ("left",) + ("right",) * (len(headers) - 1)
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=alignment)
 
@@ -184,7 +186,7 @@ def _share(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.0%}"
 
 
-def main(arguments: Optional[List[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--config-file", required=True, metavar="FILE")

@@ -14,20 +14,19 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import List, Optional, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
-from d2_distill.command_line import whole_number
-from d2_distill.comparison.groups import group_runs
-from d2_distill.comparison.report import Options, compare, require_folder, screen, write
-from d2_distill.comparison.runs import read_run
+from d2_distill.apps.command_line.arguments import whole_number
+from d2_distill.apps.command_line.progress import Progress
+from d2_distill.apps.comparison.groups import group_runs
+from d2_distill.apps.comparison.report import Options, compare_runs, require_folder, screen, write
+from d2_distill.apps.comparison.runs import read_run
 from d2_distill.errors import reported
-from d2_distill.progress import Progress
 
 
-def named_folder(text: str) -> Tuple[str, Path]:
+def named_folder(text: str) -> tuple[str, Path]:
     """``NAME=FOLDER`` or ``FOLDER``, whose name is "" then."""
     name, equals, folder = text.partition("=")
     if not equals or Path(text).is_dir():  # a folder may have "=" in its name
@@ -37,7 +36,7 @@ def named_folder(text: str) -> Tuple[str, Path]:
     return name, Path(folder)
 
 
-def parse_args(arguments: Optional[List[str]]) -> argparse.Namespace:
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument(
@@ -67,7 +66,7 @@ def parse_args(arguments: Optional[List[str]]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Optional[List[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     logging.getLogger("fvcore").setLevel(logging.WARNING)
     options = Options(
@@ -77,7 +76,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     with reported(), Progress() as progress:
         require_folder(args.output)
         runs = [(name, read_run(folder, unfinished=args.unfinished)) for name, folder in args.runs]
-        comparison = compare(group_runs(runs), options, progress=progress)
+        comparison = compare_runs(group_runs(runs), options, progress=progress)
         progress("")
         print(screen(comparison), flush=True)
         written = write(comparison, args.output, progress=progress)

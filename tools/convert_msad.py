@@ -13,11 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
-from d2_distill.config import read_config
-from d2_distill.conversion import is_state_dict, read_tensors, require_new_file, save_converted
-from d2_distill.conversion.msad import convert
+from d2_distill.apps.conversion import is_state_dict, read_tensors, require_new_file, save_converted
+from d2_distill.apps.conversion.msad import convert_msad
+from d2_distill.config.reading import read_config
+from d2_distill.detectors.building import build_detector
 from d2_distill.errors import UserError, reported
-from d2_distill.student import build_student
 
 EXAMPLE = """
 Examples, for a teacher and a student:
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> None:
     # The checkpoint, not the data that the config names, has the number of classes.
     source = f"The config ({args.config_file} with the command line's KEY VALUE)"
     cfg = read_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts], source=source)
-    model = build_student(cfg)
-    conversion = convert(state, model, args.input)
+    model = build_detector(cfg)
+    conversion = convert_msad(state, model, args.input)
     save_converted(conversion.state_dict, model, args.output, source=args.input, key=args.input)
     print(f"Left out {len(conversion.dropped)} tensors that the model does without", file=sys.stderr)
 

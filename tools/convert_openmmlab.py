@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
-from d2_distill.conversion import require_new_file, require_pairs, save_detector
-from d2_distill.conversion.openmmlab import STYLES, convert, read_checkpoint
+from d2_distill.apps.conversion import require_new_file, require_pairs, save_detector
+from d2_distill.apps.conversion.openmmlab import STYLES, convert_openmmlab, read_checkpoint
 from d2_distill.errors import reported
 
 EXAMPLE = """
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     require_new_file(args.output)
     require_pairs(args.opts)
     checkpoint = read_checkpoint(args.input)
-    conversion = convert(checkpoint, style=args.style, opts=args.opts, source=args.input)
+    conversion = convert_openmmlab(checkpoint, style=args.style, opts=args.opts, source=args.input)
     save_detector(conversion, args.output, source=args.input)
     print(conversion.yaml(WEIGHTS=str(args.output)), end="")
 

@@ -7,17 +7,18 @@ import argparse
 import functools
 import pickle
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Dict, FrozenSet, Iterable, Sequence, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import numpy as np
 import torch
 import torchvision
-from d2_distill.conversion import Tensors, is_state_dict, read_tensors, require_new_file, resnet_rules
+
+from d2_distill.apps.command_line.files import whole_file
+from d2_distill.apps.conversion import Tensors, is_state_dict, read_tensors, require_new_file, resnet_rules
 from d2_distill.errors import UserError, reported
-from d2_distill.files import whole_file
 
 EXAMPLE = """
 Example:
@@ -47,7 +48,7 @@ RULES = {
 _OPTIONAL = "num_batches_tracked"
 
 
-def identify(state_dict: Dict[str, torch.Tensor], source: str) -> Sequence[Tuple]:
+def identify(state_dict: dict[str, torch.Tensor], source: str) -> Sequence[tuple]:
     """The rules of the architecture whose names are those of the state dict.
 
     Raises:
@@ -67,16 +68,16 @@ def identify(state_dict: Dict[str, torch.Tensor], source: str) -> Sequence[Tuple
 
 
 @functools.lru_cache(maxsize=None)
-def _names(model: str) -> FrozenSet[str]:
+def _names(model: str) -> frozenset[str]:
     with torch.device("meta"):
         return _required(torchvision.models.get_model(model).state_dict())
 
 
-def _required(names: Iterable[str]) -> FrozenSet[str]:
+def _required(names: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in names if not name.endswith(_OPTIONAL))
 
 
-def convert(state_dict: Dict[str, torch.Tensor], source: str = "The checkpoint") -> dict:
+def convert(state_dict: dict[str, torch.Tensor], source: str = "The checkpoint") -> dict:
     """The content of a Detectron2 ``.pkl`` file for the state dict of a torchvision model.
 
     ``layer1.0.bn2.bias`` of a ResNet becomes ``res2.0.conv2.norm.bias``; names of the others stay.
@@ -92,7 +93,7 @@ def convert(state_dict: Dict[str, torch.Tensor], source: str = "The checkpoint")
     return {"model": model, "__author__": "torchvision", "matching_heuristics": True}
 
 
-def load_state_dict(path: Path) -> Dict[str, torch.Tensor]:
+def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """Read a torchvision checkpoint.
 
     Raises:

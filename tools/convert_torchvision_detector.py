@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
-from d2_distill.conversion import require_new_file, require_pairs, save_detector
-from d2_distill.conversion.torchvision import convert, read_state_dict
+from d2_distill.apps.conversion import require_new_file, require_pairs, save_detector
+from d2_distill.apps.conversion.torchvision import convert_torchvision, read_state_dict
 from d2_distill.errors import reported
 
 EXAMPLE = """
@@ -31,7 +31,7 @@ and then, in the config of the student:
 def run(args: argparse.Namespace) -> None:
     require_new_file(args.output)
     require_pairs(args.opts)
-    conversion = convert(
+    conversion = convert_torchvision(
         read_state_dict(args.input),
         classes=[name.strip() for name in args.classes.split(",")] if args.classes else [],
         frozen_bn_eps=args.frozen_bn_eps,

@@ -15,35 +15,36 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import List, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
 import torch
-from d2_distill.command_line import whole_number
-from d2_distill.data.checks import check_dataset
-from d2_distill.data.registration import register_datasets
-from d2_distill.engine.evaluate import evaluate, load_student
-from d2_distill.engine.setup import load_config
-from d2_distill.engine.trainer import Trainer
-from d2_distill.errors import UserError, reported
-from d2_distill.evaluation.speed import synthetic_batch
-from d2_distill.evaluation.voc import voc_convention
-from d2_distill.export.checkpoint import read_checkpoint, to_half, write_checkpoint
-from d2_distill.export.description import describe
-from d2_distill.export.graphs import build_graph
-from d2_distill.export.runtime import SUFFIXES, ExportedDetector, load_exported, padded
-from d2_distill.export.verification import Comparison, compare, milliseconds
-from d2_distill.export.writers import require_onnx, write_onnx, write_torchscript
-from d2_distill.files import whole_file
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
+
+import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+from d2_distill.apps.command_line.arguments import whole_number
+from d2_distill.apps.command_line.files import whole_file
+from d2_distill.apps.export.checkpoint import read_checkpoint, to_half, write_checkpoint
+from d2_distill.apps.export.description import describe_model
+from d2_distill.apps.export.graphs import build_graph
+from d2_distill.apps.export.runtime import SUFFIXES, ExportedDetector, load_exported, padded
+from d2_distill.apps.export.verification import Comparison, compare_outputs, milliseconds
+from d2_distill.apps.export.writers import require_onnx, write_onnx, write_torchscript
+from d2_distill.data.checks import check_dataset
+from d2_distill.data.registration import register_datasets
+from d2_distill.engine.evaluate import evaluate, load_detector
+from d2_distill.engine.setup import load_config
+from d2_distill.engine.trainer import Trainer
+from d2_distill.errors import UserError, reported
+from d2_distill.evaluation.speed import synthetic_batch
+from d2_distill.evaluation.voc import voc_convention
 
 CHECKPOINT = """Strip a checkpoint of train_net.py to the student's weights. The file is called
 OUTPUT-<first 8 digits of its sha256>.pth, and loads as MODEL.WEIGHTS of the plain student."""
@@ -76,9 +77,9 @@ def export_graph(args: argparse.Namespace) -> None:
         require_onnx()
     fixed_size = tuple(args.fixed_size) if getattr(args, "fixed_size", None) else None
     cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
-    model = load_student(cfg)
+    model = load_detector(cfg)
     graph = build_graph(model, cfg.TEST.NMS, raw=args.raw)
-    description = describe(cfg, model, graph.output_names, raw=args.raw, fixed_size=fixed_size)
+    description = describe_model(cfg, model, graph.output_names, raw=args.raw, fixed_size=fixed_size)
     images = [padded(image, description) for image in test_images(cfg, args, fixed_size)]
     if fixed_size is None:
         images += crops(images[0])
@@ -88,7 +89,7 @@ def export_graph(args: argparse.Namespace) -> None:
         else:
             write_torchscript(graph, images[0], description, path)
         exported = load_exported(path)
-        comparisons = compare(graph, exported, images)
+        comparisons = compare_outputs(graph, exported, images)
         medians = milliseconds(graph, exported, images[0], args.rounds)
         report(comparisons, medians, len(images), images[0].shape[-2:])
         if not all(comparison.accepted for comparison in comparisons):
@@ -113,7 +114,7 @@ def report(comparisons: Sequence[Comparison], medians: dict, num_images: int, si
     )
 
 
-def test_images(cfg: CfgNode, args: argparse.Namespace, fixed_size: Optional[Sequence[int]]) -> List[torch.Tensor]:
+def test_images(cfg: CfgNode, args: argparse.Namespace, fixed_size: Sequence[int] | None) -> list[torch.Tensor]:
     """Images (1, 3, H, W) uint8 to trace and to compare with, resized as for an evaluation."""
     if args.image:
         return [read_resized(cfg, path) for path in args.image]
@@ -129,7 +130,7 @@ def test_images(cfg: CfgNode, args: argparse.Namespace, fixed_size: Optional[Seq
     return [x["image"][None] for batch in batches for x in batch]
 
 
-def crops(image: torch.Tensor) -> List[torch.Tensor]:
+def crops(image: torch.Tensor) -> list[torch.Tensor]:
     """A flat and a narrow piece: a data set may have images of one size only, and hide that the graph keeps it."""
     height, width = image.shape[-2:]
     return [image[..., : -(-height // 2), :].contiguous(), image[..., : -(-width // 2)].contiguous()]

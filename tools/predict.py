@@ -20,36 +20,38 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
 import numpy as np
-from d2_distill.command_line import whole_number
-from d2_distill.config import split_overrides
-from d2_distill.engine.setup import load_config
-from d2_distill.errors import UserError, reported
-from d2_distill.files import partial_path, whole_file
-from d2_distill.predictor import Predictor
-from d2_distill.progress import StepProgress
-from d2_distill.student import DISTILLER
-from d2_distill.teacher import teacher_config
-from d2_distill.video import LiveRecording, VideoFile, VideoSource, Window, can_show
-from d2_distill.visualization import draw_detections, name_of, side_by_side, write_picture
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
 from PIL import Image
 
+import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+from d2_distill.apps.command_line.arguments import whole_number
+from d2_distill.apps.command_line.files import partial_path, whole_file
+from d2_distill.apps.command_line.progress import StepProgress
+from d2_distill.apps.inference.predictor import Predictor
+from d2_distill.apps.inference.video import LiveRecording, VideoFile, VideoSource, Window, can_show
+from d2_distill.apps.pictures import draw_detections, name_of, side_by_side, write_picture
+from d2_distill.config.reading import split_overrides
+from d2_distill.detectors.building import DISTILLER
+from d2_distill.engine.setup import load_config
+from d2_distill.errors import UserError, reported
+from d2_distill.teacher import teacher_config
+
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
 PICTURE_SUFFIXES = {".jpeg", ".jpg", ".png"}  # of what is written; other images become .jpg
 CAMERA = re.compile(r"webcam:(\d+)")
 JSON_FILE = "detections.jsonl"
-Row = Dict[str, Any]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Source:
     target: Path
 
     @property
-    def camera(self) -> Optional[int]:
+    def camera(self) -> int | None:
         match = CAMERA.fullmatch(self.name)
         return int(match[1]) if match else None
 
@@ -73,7 +75,7 @@ class Source:
         return self.camera is None and Path(self.name).suffix.lower() not in VIDEO_SUFFIXES
 
 
-def find_sources(inputs: Sequence[str], output: Path) -> List[Source]:
+def find_sources(inputs: Sequence[str], output: Path) -> list[Source]:
     """The images, videos and cameras that inputs name, in their order; folders are searched, sorted by name.
 
     Raises:
@@ -98,7 +100,7 @@ def find_sources(inputs: Sequence[str], output: Path) -> List[Source]:
     return sources
 
 
-def _images_below(folder: Path, output: Path) -> List[Source]:
+def _images_below(folder: Path, output: Path) -> list[Source]:
     written = output.resolve()
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and written not in path.resolve().parents
@@ -113,7 +115,7 @@ def _images_below(folder: Path, output: Path) -> List[Source]:
     return [Source(str(path), output / _target_name(path, path.relative_to(folder))) for path in images]
 
 
-def _target_name(path: Path, relative: Optional[Path] = None) -> Path:
+def _target_name(path: Path, relative: Path | None = None) -> Path:
     relative = relative or Path(path.name)
     suffix = path.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
@@ -122,7 +124,7 @@ def _target_name(path: Path, relative: Optional[Path] = None) -> Path:
 
 
 def _require_own_targets(sources: Sequence[Source]) -> None:
-    targets: Dict[Path, Source] = {}
+    targets: dict[Path, Source] = {}
     for source in sources:
         other = targets.setdefault(source.target, source)
         if other is not source:
@@ -142,11 +144,11 @@ class Detectors:
         threshold: lowest score of what is drawn and listed.
     """
 
-    def __init__(self, predictors: Dict[str, Predictor], threshold: float) -> None:
+    def __init__(self, predictors: dict[str, Predictor], threshold: float) -> None:
         self.predictors = predictors
         self.threshold = threshold
 
-    def look(self, image: np.ndarray, **where: Any) -> Tuple[np.ndarray, List[Row]]:
+    def look(self, image: np.ndarray, **where: Any) -> tuple[np.ndarray, list[Row]]:
         """An RGB picture of what each finds in an RGB image, and a row for each detection, with ``where`` in front."""
         pictures, rows = [], []
         for title, predictor in self.predictors.items():
@@ -198,9 +200,9 @@ class Job:
     """What is done with each source."""
 
     detectors: Detectors
-    rows: Optional[JsonLines]
+    rows: JsonLines | None
     every: int
-    max_frames: Optional[int]
+    max_frames: int | None
     images: StepProgress
 
     def run(self, source: Source) -> None:
@@ -264,14 +266,14 @@ class Job:
         progress.report()
 
 
-def build_predictors(args: argparse.Namespace) -> Dict[str, Predictor]:
+def build_predictors(args: argparse.Namespace) -> dict[str, Predictor]:
     """Title -> detector, in the order of their columns.
 
     Raises:
         UserError: a config or checkpoint cannot be used, or the config has no teacher.
     """
     cfg = load_config(args.config_file, args.opts)
-    titled: List[Tuple[str, CfgNode, str]] = [(_title(args.config_file, cfg), cfg, "MODEL.WEIGHTS")]
+    titled: list[tuple[str, CfgNode, str]] = [(_title(args.config_file, cfg), cfg, "MODEL.WEIGHTS")]
     if args.teacher:
         if not cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
             raise UserError(
@@ -283,7 +285,7 @@ def build_predictors(args: argparse.Namespace) -> Dict[str, Predictor]:
         other = load_config(config_file, opts)
         titled.append((_title(config_file, other), other, f"--beside {config_file}: MODEL.WEIGHTS"))
     counts = Counter(title for title, _, _ in titled)
-    predictors: Dict[str, Predictor] = {}
+    predictors: dict[str, Predictor] = {}
     for title, each, key in titled:
         name = title if counts[title] == 1 else f"{title} {len(predictors) + 1}"
         predictors[name] = Predictor.from_config(each, weights_key=key)
@@ -297,7 +299,7 @@ def _title(config_file: str, cfg: CfgNode) -> str:
     return path.parent.name if path.stem == "config" else path.stem
 
 
-def predict(args: argparse.Namespace) -> List[str]:
+def predict(args: argparse.Namespace) -> list[str]:
     """Do all of the work.
 
     Returns:

@@ -17,37 +17,39 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
 import numpy as np
 import torch
-from d2_distill.command_line import whole_number
-from d2_distill.config import split_overrides
-from d2_distill.data.checks import check_dataset
-from d2_distill.data.classes import dataset_classes
-from d2_distill.data.mapper import CheckedDatasetMapper
-from d2_distill.data.registration import register_datasets
-from d2_distill.data.subset import evenly_spread
-from d2_distill.engine.evaluate import load_student
-from d2_distill.engine.setup import load_config
-from d2_distill.errors import UserError, reported
-from d2_distill.files import whole_file
-from d2_distill.staged import stage_detector
-from d2_distill.student import build_student
-from d2_distill.teacher import Teacher
-from d2_distill.visualization.heatmaps import Scene, draw_levels
-from d2_distill.visualization.level_maps import SELECTED, feature_maps, focal_maps, region_maps
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-Record = Dict[str, Any]  # an image and, if they are known, its annotations, in Detectron2's standard form
+import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+from d2_distill.apps.command_line.arguments import whole_number
+from d2_distill.apps.command_line.files import whole_file
+from d2_distill.apps.pictures.heatmaps import Scene, draw_levels
+from d2_distill.apps.pictures.level_maps import SELECTED, feature_maps, focal_maps, region_maps
+from d2_distill.config.reading import split_overrides
+from d2_distill.data.checks import check_dataset
+from d2_distill.data.classes import dataset_classes
+from d2_distill.data.mapper import CheckedDatasetMapper
+from d2_distill.data.registration import register_datasets
+from d2_distill.data.subset import evenly_spread
+from d2_distill.detectors.building import build_detector
+from d2_distill.engine.evaluate import load_detector
+from d2_distill.engine.setup import load_config
+from d2_distill.errors import UserError, reported
+from d2_distill.staged import stage_detector
+from d2_distill.teacher import Teacher
+
+Record = dict[str, Any]  # an image and, if they are known, its annotations, in Detectron2's standard form
 WITHOUT_BOXES = ("gibox",)  # regions that do not ask for the ground truth
 
 
@@ -56,9 +58,9 @@ class Pair:
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg
-        model = load_student(cfg) if cfg.MODEL.WEIGHTS else build_student(cfg)
+        model = load_detector(cfg) if cfg.MODEL.WEIGHTS else build_detector(cfg)
         self.student = stage_detector(model.eval())
-        self.teacher: Optional[Teacher] = Teacher.from_config(cfg)
+        self.teacher: Teacher | None = Teacher.from_config(cfg)
         self.class_names = dataset_classes(cfg)
         self._teachers_classes = None
         if self.teacher is not None and self.teacher.lacks:
@@ -103,7 +105,7 @@ class Pair:
         scene = Scene(np.ascontiguousarray(image), boxes, self.class_names)
         return draw_levels(scene, strides, bands), missing
 
-    def _runs(self, sample: Dict[str, Any]):
+    def _runs(self, sample: dict[str, Any]):
         device = self.student.model.device
         images, truth = self.student.preprocess([sample]), [sample["instances"].to(device)]
         teacher_run = None
@@ -115,14 +117,14 @@ class Pair:
         return self.student.run(images, truth, frozen=True), teacher_run
 
     @staticmethod
-    def _detect(model: nn.Module, sample: Dict[str, Any], threshold: float) -> Instances:
+    def _detect(model: nn.Module, sample: dict[str, Any], threshold: float) -> Instances:
         """Detections in pixels of the image as the model sees it."""
         [output] = model([{"image": sample["image"]}])
         found = output["instances"].to("cpu")
         return found[found.scores >= threshold]
 
 
-def find_records(cfg: CfgNode, files: Sequence[str], number: int) -> List[Record]:
+def find_records(cfg: CfgNode, files: Sequence[str], number: int) -> list[Record]:
     """Records of the named files, with boxes if they are in a data set of the config; without files, of so many images.
 
     Raises:
@@ -137,7 +139,7 @@ def find_records(cfg: CfgNode, files: Sequence[str], number: int) -> List[Record
     return evenly_spread(_records(names[0]), number)
 
 
-def _records(name: str) -> List[Record]:
+def _records(name: str) -> list[Record]:
     check_dataset(name, key="DATASETS", strict=False)
     return DatasetCatalog.get(name)
 
@@ -148,9 +150,9 @@ def _without_boxes(file: str) -> Record:
     return {"file_name": file}
 
 
-def _named(records: Sequence[Record]) -> Dict[str, Record]:
+def _named(records: Sequence[Record]) -> dict[str, Record]:
     """By the names of their files, numbered where folders have files of the same name."""
-    named: Dict[str, Record] = {}
+    named: dict[str, Record] = {}
     for record in records:
         name = stem = Path(record["file_name"]).stem
         number = 1

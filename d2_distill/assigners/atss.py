@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from ..geometry import centers_of, depth_inside
-from ..overlaps import pairwise_overlaps
+from ..boxes.geometry import centers_of, depth_inside
+from ..boxes.overlaps import pairwise_overlaps
 from .ground_truth import BACKGROUND
 
 MIN_DEPTH = 0.01  # pixels that the centre of a positive anchor lies inside its box
@@ -37,7 +38,7 @@ def match_atss(
     level_sizes: Sequence[int],
     boxes: torch.Tensor,
     valid_boxes: torch.Tensor,
-    valid_anchors: Optional[torch.Tensor] = None,
+    valid_anchors: torch.Tensor | None = None,
     topk: int = 9,
 ) -> ATSSMatch:
     """Match anchors with boxes.
@@ -67,7 +68,7 @@ def atss_thresholds(
     anchors: torch.Tensor,
     level_sizes: Sequence[int],
     boxes: torch.Tensor,
-    valid_anchors: Optional[torch.Tensor] = None,
+    valid_anchors: torch.Tensor | None = None,
     topk: int = 9,
 ) -> torch.Tensor:
     """The thresholds (N, G) of :func:`match_atss` alone, for detectors that assign otherwise."""
@@ -78,7 +79,7 @@ def _nearest_anchors(
     anchors: torch.Tensor,
     level_sizes: Sequence[int],
     boxes: torch.Tensor,
-    valid_anchors: Optional[torch.Tensor],
+    valid_anchors: torch.Tensor | None,
     topk: int,
 ) -> _Candidates:
     # The form by matrix multiplication would be off by whole pixels on large images.

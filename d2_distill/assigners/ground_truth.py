@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ class GroundTruth:
     valid: torch.Tensor
 
     @classmethod
-    def from_instances(cls, gt_instances: List[Instances]) -> "GroundTruth":
+    def from_instances(cls, gt_instances: list[Instances]) -> "GroundTruth":
         """Of Detectron2's ``gt_boxes`` and ``gt_classes``, one entry an image."""
         classes = [instances.gt_classes for instances in gt_instances]
         return cls(
@@ -42,7 +41,7 @@ class GroundTruth:
         )
 
     def assignment(
-        self, matches: torch.Tensor, num_classes: int, valid_anchors: Optional[torch.Tensor] = None
+        self, matches: torch.Tensor, num_classes: int, valid_anchors: torch.Tensor | None = None
     ) -> Assignment:
         """What each anchor has to predict.
 

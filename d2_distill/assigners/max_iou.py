@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from ..overlaps import pairwise_overlaps
+from ..boxes.overlaps import pairwise_overlaps
 from .ground_truth import BACKGROUND, IGNORED
 
 
@@ -14,7 +14,7 @@ def match_max_iou(
     anchors: torch.Tensor,
     boxes: torch.Tensor,
     valid_boxes: torch.Tensor,
-    valid_anchors: Optional[torch.Tensor] = None,
+    valid_anchors: torch.Tensor | None = None,
     *,
     thresholds: Sequence[float],
     labels: Sequence[int],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..geometry import centers_of
+from ..boxes.geometry import centers_of
 from .ground_truth import BACKGROUND
 
 

@@ -9,12 +9,12 @@ anchors that must not be matched (None: all may). It returns (N, R) int64: index
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
 
 import torch
 
-from ..geometry import centers_of
+from ..boxes.geometry import centers_of
 from .atss import match_atss
 from .ground_truth import GroundTruth
 from .max_iou import match_max_iou
@@ -33,7 +33,7 @@ class ATSSAssigner:
         level_sizes: Sequence[int],
         strides: Sequence[int],
         truth: GroundTruth,
-        valid_anchors: Optional[torch.Tensor],
+        valid_anchors: torch.Tensor | None,
     ) -> torch.Tensor:
         return match_atss(
             anchors, level_sizes, truth.boxes, truth.valid, valid_anchors, topk=self.topk
@@ -49,7 +49,7 @@ class PointAssigner:
         center_sampling_radius: in strides; 0 takes the whole box.
     """
 
-    size_thresholds: Tuple[float, ...]
+    size_thresholds: tuple[float, ...]
     center_sampling_radius: float
 
     def __call__(
@@ -58,7 +58,7 @@ class PointAssigner:
         level_sizes: Sequence[int],
         strides: Sequence[int],
         truth: GroundTruth,
-        valid_anchors: Optional[torch.Tensor],
+        valid_anchors: torch.Tensor | None,
     ) -> torch.Tensor:
         bounds = anchors.new_tensor([-1.0, *self.size_thresholds, math.inf])
         of_level = torch.arange(len(level_sizes), device=anchors.device).repeat_interleave(
@@ -82,8 +82,8 @@ class MaxIoUAssigner:
         thresholds, labels: as in ``MODEL.RETINANET.IOU_THRESHOLDS`` and ``IOU_LABELS``.
     """
 
-    thresholds: Tuple[float, ...]
-    labels: Tuple[int, ...]
+    thresholds: tuple[float, ...]
+    labels: tuple[int, ...]
 
     def __call__(
         self,
@@ -91,7 +91,7 @@ class MaxIoUAssigner:
         level_sizes: Sequence[int],
         strides: Sequence[int],
         truth: GroundTruth,
-        valid_anchors: Optional[torch.Tensor],
+        valid_anchors: torch.Tensor | None,
     ) -> torch.Tensor:
         return match_max_iou(
             anchors, truth.boxes, truth.valid, valid_anchors, thresholds=self.thresholds, labels=self.labels

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 
 
 def valid_locations(
-    image_size: Tuple[int, int],
-    grid_sizes: Sequence[Tuple[int, int]],
+    image_size: tuple[int, int],
+    grid_sizes: Sequence[tuple[int, int]],
     strides: Sequence[int],
     size_divisibility: int = 32,
-    device: Optional[torch.device] = None,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """True for cells (i, j) with i * stride < height and j * stride < width of the image.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Mapping, Optional
+from collections.abc import Mapping
 
 import torch
 from detectron2.config import CfgNode
@@ -12,9 +12,9 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
+from ..detectors.building import build_detector, num_classes_key
 from ..errors import UserError
 from ..staged import DenseRun, StagedDense, StagedDetector, stage_detector
-from ..student import build_student, num_classes_key
 from .copying import copy_weights
 
 
@@ -33,10 +33,10 @@ class StudentFeatures(Backbone):
             for name, channels, stride in cfg.MODEL.STUDENT_FEATURES
         }
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return self._shapes
 
-    def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         raise NotImplementedError("an assistant is given the features of its student")
 
 
@@ -61,7 +61,7 @@ class DenseAssistant(nn.Module):
         kind: str,
         student: StagedDetector,
         *,
-        names: Optional[Mapping[str, str]] = None,
+        names: Mapping[str, str] | None = None,
         key: str,
     ) -> "DenseAssistant":
         """The head that a config describes, for the student's features and classes.
@@ -95,7 +95,7 @@ class DenseAssistant(nn.Module):
         cfg.TEST.NMS = "nms"
         cfg.merge_from_list([num_classes_key(cfg), student.num_classes])
         try:
-            detector = build_student(cfg)
+            detector = build_detector(cfg)
         except KeyError as error:
             raise UserError(
                 f"The assistant {kind} reads the feature {error}, which the student's head ({student.kind}) "
@@ -119,7 +119,7 @@ class DenseAssistant(nn.Module):
         return run
 
 
-def tower_ends(run: DenseRun, branch: str) -> List[torch.Tensor]:
+def tower_ends(run: DenseRun, branch: str) -> list[torch.Tensor]:
     """Per level (N, C, H, W) behind a whole tower."""
     return run.taps[branch][run.staged.towers[branch].end]
 

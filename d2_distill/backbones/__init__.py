@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .fixed_batch_norm import FixedBatchNorm2d, fix_statistics, unsynchronise
+from ..layers.fixed_batch_norm import FixedBatchNorm2d, fix_statistics, unsynchronise
 from .low_resolution import LowResolution, build_low_resolution_backbone
 from .mobilenet_v2 import MobileNetV2, build_mobilenet_v2_fpn_backbone
 from .narrow_resnet import build_narrow_resnet_fpn_backbone

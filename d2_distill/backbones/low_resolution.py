@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict
-
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -62,13 +60,13 @@ class LowResolution(Backbone):
             return self.factor * max(shape.stride for shape in self.output_shape().values())
         return self.factor * max(self.pyramid.size_divisibility, 1)
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return {
             self._names[name]: ShapeSpec(channels=shape.channels, stride=shape.stride * self.factor)
             for name, shape in self.pyramid.output_shape().items()
         }
 
-    def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Whole images (N, 3, H, W) to maps (N, C, H / stride, W / stride), by name."""
         maps = self.pyramid(decimate(images, self.factor))
         return {self._names[name]: x for name, x in maps.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Callable, Sequence
+from typing import Callable
 
 import torch
 import torch.nn.functional as F

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List, Optional
-
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone import FPN, Backbone
@@ -27,7 +25,7 @@ class LastLevelP6(nn.Module):
         self.p6 = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
         c2_xavier_fill(self.p6)
 
-    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(N, C, H, W) to P6 (N, C', H/2, W/2), sizes rounded up."""
         return [self.p6(x)]
 
@@ -35,13 +33,13 @@ class LastLevelP6(nn.Module):
 class LinearP6P7(LastLevelP6P7):
     """P6 and P7 without the ReLU between them; modules and arguments are LastLevelP6P7's."""
 
-    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(N, C, H, W) to P6 (N, C', H/2, W/2) and P7 (N, C', H/4, W/4), sizes rounded up."""
         p6 = self.p6(x)
         return [p6, self.p7(p6)]
 
 
-def pyramid_features(cfg: CfgNode) -> List[str]:
+def pyramid_features(cfg: CfgNode) -> list[str]:
     """``MODEL.FPN.IN_FEATURES``, the features that the pyramid stands on, fine to coarse.
 
     Raises:
@@ -77,7 +75,7 @@ def build_pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     )
 
 
-def _build_top_block(node: CfgNode, bottom_up: Backbone) -> Optional[nn.Module]:
+def _build_top_block(node: CfgNode, bottom_up: Backbone) -> nn.Module | None:
     if node.TOP_BLOCK not in TOP_BLOCKS:
         known = ", ".join(TOP_BLOCKS[:-1])
         raise UserError(f"MODEL.FPN.TOP_BLOCK is {node.TOP_BLOCK!r}; choose one of {known}, or ''.")

@@ -8,7 +8,8 @@ torchvision's MobileNetV2 with fewer channels. So only that width's parameters e
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterator, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -35,7 +36,7 @@ class Slimmable(nn.Module):
 
     width_index: int
 
-    def layers(self) -> Iterator[Tuple[str, nn.Module]]:
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of what the files call ``features.0``, ``features.1``, ..."""
         raise NotImplementedError
 
@@ -85,7 +86,7 @@ class SlimmableResNet(Slimmable, ResNet):
         super().__init__(stem, stages, out_features=out_features, freeze_at=freeze_at)
         self.width_index = width_index
 
-    def layers(self) -> Iterator[Tuple[str, nn.Module]]:
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
         yield "stem", self.stem
         for stage in ("res2", "res3", "res4", "res5"):
             for name, block in getattr(self, stage).named_children():
@@ -104,7 +105,7 @@ class SlimmableMobileNetV2(Slimmable, MobileNetV2):
         super().__init__(activation="ReLU6", same_padding=False, out_stages=(1, 2, 4, 7), **options)
         self.width_index = width_index
 
-    def layers(self) -> Iterator[Tuple[str, nn.Module]]:
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
         for name, layer in self.features.named_children():
             yield f"features.{name}", layer
 
@@ -130,7 +131,7 @@ def build_slimmable_mobilenet_v2_fpn_backbone(cfg, input_shape: ShapeSpec) -> FP
     return build_pyramid(cfg, SlimmableMobileNetV2(**_options(cfg, input_shape)))
 
 
-def _options(cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
+def _options(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
     """What both networks read from the config."""
     require_three_channels(input_shape)
     node = cfg.MODEL.SLIMMABLE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 import torchvision
@@ -98,10 +98,10 @@ class Detectron2Swin(Backbone):
             ) from error
         self._out_features = list(out_features)
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return dict(zip(self._out_features, self.swin.output_shape().values()))
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Images (N, 3, H, W) to features (N, C, H / stride, W / stride), by name."""
         return dict(zip(self._out_features, self.swin(x).values()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
@@ -30,8 +30,8 @@ class TorchvisionTrunk(Backbone):
         self,
         features: Sequence[nn.Module],
         *,
-        stages: Dict[str, int],
-        channels: Dict[str, int],
+        stages: dict[str, int],
+        channels: dict[str, int],
         out_features: Sequence[str],
     ) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class TorchvisionTrunk(Backbone):
         ends = [0, *self._stages.values()]
         return self.features[: ends[: max(freeze_at, 0) + 1][-1]]
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Images (N, 3, H, W) to features (N, C, H / stride, W / stride), by name."""
         wanted = {self._stages[name]: name for name in self._out_features}
         outputs = {}

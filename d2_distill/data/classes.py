@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import List, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from ..detectors.building import num_classes_key
 from ..errors import UserError
-from ..student import num_classes_key
 from .registration import declared_names, register_datasets
 
 logger = logging.getLogger(__name__)
 _MAX_NAMED = 10
 
 
-def dataset_classes(cfg: CfgNode) -> List[str]:
+def dataset_classes(cfg: CfgNode) -> list[str]:
     """Names of a detector's classes in the order of its outputs, ``DATASETS.CLASSES``; empty if they are not known.
 
     Where the key is empty, those of the first registered data set of ``DATASETS.TRAIN``, else of ``DATASETS.TEST``,
@@ -57,7 +56,7 @@ def with_classes(cfg: CfgNode) -> CfgNode:
     return sized
 
 
-def _of_datasets(cfg: CfgNode, register: bool = False) -> Tuple[List[str], str]:
+def _of_datasets(cfg: CfgNode, register: bool = False) -> tuple[list[str], str]:
     """The class names, and which data set they come from."""
     declared = declared_names(cfg)
     for key in ("TRAIN", "TEST"):

@@ -7,14 +7,15 @@ import json
 import os
 import shutil
 import tempfile
-from typing import Any, Dict, Iterator, List, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 _ANNOTATIONS, _SPLITS = "Annotations", os.path.join("ImageSets", "Main")
 
 
-def evenly_spread(records: Sequence[Dict[str, Any]], count: int) -> List[Dict[str, Any]]:
+def evenly_spread(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """So many of the records, or all if there are fewer."""
     count = min(count, len(records))
     return [records[index * len(records) // count] for index in range(count)]
@@ -44,7 +45,7 @@ def spread_subset(name: str, count: int) -> Iterator[str]:
             MetadataCatalog.remove(subset)
 
 
-def _coco_file(records: Sequence[Dict[str, Any]], facts: Dict[str, Any], folder: str) -> Dict[str, str]:
+def _coco_file(records: Sequence[dict[str, Any]], facts: dict[str, Any], folder: str) -> dict[str, str]:
     with open(facts["json_file"], encoding="utf-8") as file:
         content = json.load(file)
     ids = {record["image_id"] for record in records}
@@ -60,7 +61,7 @@ def _coco_file(records: Sequence[Dict[str, Any]], facts: Dict[str, Any], folder:
     return {"json_file": path}
 
 
-def _voc_folder(records: Sequence[Dict[str, Any]], facts: Dict[str, Any], folder: str) -> Dict[str, str]:
+def _voc_folder(records: Sequence[dict[str, Any]], facts: dict[str, Any], folder: str) -> dict[str, str]:
     for name in (_ANNOTATIONS, _SPLITS):
         os.makedirs(os.path.join(folder, name))
     ids = [record["image_id"] for record in records]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from ..layers.fusion import ScaleFusion
 from ..staged import register_staged
 from .atss import ATSS
 from .fcos import FCOS, OpenMMLabFCOS
-from .fusion import ScaleFusion
 from .gfl import GFL, GFLv2
 from .multi_scale import MultiScaleDetector, StagedMultiScale
-from .one_stage import OneStageDetector, StagedOneStage
 from .openmmlab_retinanet import OpenMMLabRetinaNet
 from .stock import StagedFCOS, StagedRCNN, StagedRetinaNet
 from .torchvision import TorchvisionAnchorGenerator, TorchvisionFCOS, TorchvisionRetinaNet
+from .tower_detector import StagedTowerDetector, TowerDetector
 
 for _model_class in (ATSS, GFL, GFLv2, OpenMMLabFCOS, OpenMMLabRetinaNet):
-    register_staged(_model_class)(StagedOneStage)
+    register_staged(_model_class)(StagedTowerDetector)
 
 __all__ = [
     "ATSS",
@@ -22,13 +22,13 @@ __all__ = [
     "GFL",
     "GFLv2",
     "MultiScaleDetector",
-    "OneStageDetector",
+    "TowerDetector",
     "OpenMMLabFCOS",
     "OpenMMLabRetinaNet",
     "ScaleFusion",
     "StagedFCOS",
     "StagedMultiScale",
-    "StagedOneStage",
+    "StagedTowerDetector",
     "StagedRCNN",
     "StagedRetinaNet",
     "TorchvisionAnchorGenerator",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any
 
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -11,7 +11,7 @@ from ..assigners import Assignment, ATSSAssigner
 from .box_coders import DeltaCoder, DistributionCoder
 from .focal import CenternessDetector
 from .head import TowerHead
-from .one_stage import build_box_loss, common_arguments, head_arguments, square_anchors
+from .tower_detector import build_box_loss, common_arguments, head_arguments, square_anchors
 
 
 @META_ARCH_REGISTRY.register()
@@ -27,7 +27,7 @@ class ATSS(CenternessDetector):
         super().__init__(**kwargs)
 
     @classmethod
-    def from_config(cls, cfg) -> Dict[str, Any]:
+    def from_config(cls, cfg) -> dict[str, Any]:
         node = cfg.MODEL.ATSS
         arguments, input_shape = common_arguments(cfg, "ATSS")
         coder = DistributionCoder(node.REG_MAX) if node.REG_MAX else DeltaCoder(node.BBOX_REG_WEIGHTS)

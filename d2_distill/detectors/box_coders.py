@@ -6,12 +6,12 @@ pixels. All are functions of single anchors: rows may be all anchors of a batch 
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 
-from ..geometry import boxes_from_distances, centers_of
+from ..boxes.geometry import boxes_from_distances, centers_of
 
 
 class TwoSidedBox2BoxTransform(Box2BoxTransform):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Tuple
+from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -16,7 +16,7 @@ from ..errors import UserError
 from .box_coders import DistanceCoder, DistributionCoder
 from .focal import CenternessDetector
 from .head import TowerHead
-from .one_stage import Outputs, build_box_loss, common_arguments, head_arguments, square_anchors
+from .tower_detector import Outputs, build_box_loss, common_arguments, head_arguments, square_anchors
 
 
 @META_ARCH_REGISTRY.register()
@@ -28,7 +28,7 @@ class FCOS(fcos.FCOS):
         super().__init__(**kwargs)
 
     @classmethod
-    def from_config(cls, cfg) -> Dict[str, Any]:
+    def from_config(cls, cfg) -> dict[str, Any]:
         node = cfg.MODEL.FCOS
         arguments, input_shape = common_arguments(cfg, "FCOS")
         return {
@@ -67,7 +67,7 @@ class OpenMMLabFCOS(CenternessDetector):
         self.thresh_with_ctr = thresh_with_ctr
 
     @classmethod
-    def from_config(cls, cfg) -> Dict[str, Any]:
+    def from_config(cls, cfg) -> dict[str, Any]:
         node = cfg.MODEL.FCOS
         arguments, input_shape = common_arguments(cfg, "FCOS")
         _check(node)
@@ -99,7 +99,7 @@ class OpenMMLabFCOS(CenternessDetector):
         return assignment.foreground.sum()
 
     def _candidates(
-        self, anchors: torch.Tensor, stride: int, outputs: Outputs, image_size: Tuple[int, int]
+        self, anchors: torch.Tensor, stride: int, outputs: Outputs, image_size: tuple[int, int]
     ) -> Instances:
         if self.inference == "openmmlab":
             return super()._candidates(anchors, stride, outputs, image_size)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Dict
-
 import torch
 import torch.nn.functional as F
 from fvcore.nn import sigmoid_focal_loss_jit
 
 from ..assigners import Assignment
 from ..losses import centerness_targets, mean_over_processes, weighted_mean
-from .one_stage import OneStageDetector, concatenate_levels
+from .tower_detector import TowerDetector, concatenate_levels
 
 
-class FocalDetector(OneStageDetector):
+class FocalDetector(TowerDetector):
     """
     Args:
         focal_loss_alpha, focal_loss_gamma: of the class loss (arXiv 1708.02002).
-        kwargs: of :class:`OneStageDetector`.
+        kwargs: of :class:`TowerDetector`.
     """
 
     def __init__(self, *, focal_loss_alpha: float, focal_loss_gamma: float, **kwargs) -> None:
@@ -53,7 +51,7 @@ class CenternessDetector(FocalDetector):
         """Of the batch, on this process."""
         raise NotImplementedError
 
-    def losses(self, anchors, outputs, assignment) -> Dict[str, torch.Tensor]:
+    def losses(self, anchors, outputs, assignment) -> dict[str, torch.Tensor]:
         whole = concatenate_levels(outputs)
         positives = self.positives(anchors, whole["deltas"], assignment)
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -18,9 +18,9 @@ from ..losses import (
 )
 from .box_coders import DistributionCoder
 from .head import QualityHead, TowerHead
-from .one_stage import (
-    OneStageDetector,
+from .tower_detector import (
     Outputs,
+    TowerDetector,
     build_box_loss,
     common_arguments,
     concatenate_levels,
@@ -30,7 +30,7 @@ from .one_stage import (
 
 
 @META_ARCH_REGISTRY.register()
-class GFL(OneStageDetector):
+class GFL(TowerDetector):
     """Generalized Focal Loss (Li et al., NeurIPS 2020, arXiv 2006.04388), configured by ``MODEL.GFL``.
 
     Losses are ``loss_cls``, the quality focal loss divided by the number of positives (an image without any
@@ -40,7 +40,7 @@ class GFL(OneStageDetector):
         quality_beta: exponent of the quality focal loss.
         dfl_weight: of the distribution focal loss.
         normalizer_floor: lower bound of the sum of scores that the box losses are divided by.
-        kwargs: of :class:`OneStageDetector`.
+        kwargs: of :class:`TowerDetector`.
     """
 
     @configurable
@@ -51,7 +51,7 @@ class GFL(OneStageDetector):
         self.normalizer_floor = normalizer_floor
 
     @classmethod
-    def from_config(cls, cfg) -> Dict[str, Any]:
+    def from_config(cls, cfg) -> dict[str, Any]:
         node = cfg.MODEL.GFL
         arguments, input_shape = common_arguments(cfg, "GFL")
         return {
@@ -68,10 +68,10 @@ class GFL(OneStageDetector):
         }
 
     @classmethod
-    def build_head(cls, node, arguments: Dict[str, Any]) -> TowerHead:
+    def build_head(cls, node, arguments: dict[str, Any]) -> TowerHead:
         return TowerHead(num_scores=node.NUM_CLASSES, box_dim=4 * (node.REG_MAX + 1), **arguments)
 
-    def losses(self, anchors, outputs, assignment) -> Dict[str, torch.Tensor]:
+    def losses(self, anchors, outputs, assignment) -> dict[str, torch.Tensor]:
         whole = concatenate_levels(outputs)
         positives = self.positives(anchors, whole["deltas"], assignment)
 
@@ -107,7 +107,7 @@ class GFLv2(GFL):
     """
 
     @classmethod
-    def build_head(cls, node, arguments: Dict[str, Any]) -> QualityHead:
+    def build_head(cls, node, arguments: dict[str, Any]) -> QualityHead:
         return QualityHead(
             num_scores=node.NUM_CLASSES + 1,
             reg_max=node.REG_MAX,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Optional, Tuple
 
 import torch
 from detectron2.layers import ShapeSpec, get_norm
@@ -41,16 +40,16 @@ class TowerHead(nn.Module):
     def __init__(
         self,
         *,
-        input_shape: List[ShapeSpec],
+        input_shape: list[ShapeSpec],
         num_scores: int,
         box_dim: int,
         num_anchors: int = 1,
-        conv_dims: List[int],
+        conv_dims: list[int],
         norm="",
         tower_bias: bool = False,
         predictor_bias: bool = True,
         prior_prob: float = 0.01,
-        centerness_on: Optional[str] = None,
+        centerness_on: str | None = None,
         use_scale: bool = True,
     ) -> None:
         super().__init__()
@@ -72,7 +71,7 @@ class TowerHead(nn.Module):
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
 
     @property
-    def predictors(self) -> Dict[str, Tuple[str, nn.Module]]:
+    def predictors(self) -> dict[str, tuple[str, nn.Module]]:
         """Output name -> (tower, layer), in the order in which ``forward`` returns the outputs."""
         predictors = {"logits": ("cls", self.cls_score), "deltas": ("box", self.bbox_pred)}
         if self.centerness_on:
@@ -86,7 +85,7 @@ class TowerHead(nn.Module):
             return self.scales[level](layer(feature))
         return layer(feature)
 
-    def forward(self, features: List[torch.Tensor]) -> List[List[torch.Tensor]]:
+    def forward(self, features: list[torch.Tensor]) -> list[list[torch.Tensor]]:
         """Maps (N, C, H, W), one a level, to raw maps of each output, one a level."""
         ends = {
             "cls": [self.cls_subnet(x) for x in features],
@@ -127,8 +126,8 @@ class QualityHead(TowerHead):
         return self.reg_conf(statistics.flatten(start_dim=-2)).sigmoid()
 
 
-def _tower(in_channels: int, conv_dims: List[int], norm, bias: bool) -> nn.Sequential:
-    layers: List[nn.Module] = []
+def _tower(in_channels: int, conv_dims: list[int], norm, bias: bool) -> nn.Sequential:
+    layers: list[nn.Module] = []
     for out_channels in conv_dims:
         layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias))
         if norm:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -15,15 +16,15 @@ from torch import nn
 
 from ..backbones.low_resolution import decimate, require_factor
 from ..errors import UserError
+from ..layers.fusion import ScaleFusion
 from ..staged import DenseRun, StagedDense, register_staged, stage, stage_detector
-from .fusion import ScaleFusion
 
 KEY = "MODEL.MSAD"
 # Branch -> ending of its losses.
 BRANCHES = {"high": "hr", "low": "lr", "fused": "fr"}
 FUSION_SCORES = ("per_image", "first_image")
 
-Pyramid = Dict[str, torch.Tensor]
+Pyramid = dict[str, torch.Tensor]
 
 
 @META_ARCH_REGISTRY.register()
@@ -70,7 +71,7 @@ class MultiScaleDetector(nn.Module):
         self._low_of = _low_levels(detector, factor)
 
     @classmethod
-    def from_config(cls, cfg) -> Dict[str, Any]:
+    def from_config(cls, cfg) -> dict[str, Any]:
         node = cfg.MODEL.MSAD
         _check(node)
         detector = _build_detector(cfg)
@@ -103,7 +104,7 @@ class MultiScaleDetector(nn.Module):
         return self.detector.backbone
 
     @property
-    def head_in_features(self) -> List[str]:
+    def head_in_features(self) -> list[str]:
         return self.detector.head_in_features
 
     @property
@@ -120,7 +121,7 @@ class MultiScaleDetector(nn.Module):
         shapes = self.backbone.output_shape()
         return self.factor * max(shapes[name].stride for name in self.head_in_features)
 
-    def preprocess_image(self, batched_inputs: Sequence[Dict[str, Any]]) -> ImageList:
+    def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
         """Normalise the images, then pad them with 0 to one batch."""
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         return ImageList.from_tensors(images, self.size_divisibility)
@@ -138,7 +139,7 @@ class MultiScaleDetector(nn.Module):
     def fuse(self, high: Pyramid, low: Pyramid) -> Pyramid:
         return {name: self.fusion(high[name], low[name]) for name in high}
 
-    def forward(self, batched_inputs: Sequence[Dict[str, Any]]):
+    def forward(self, batched_inputs: Sequence[dict[str, Any]]):
         """Detectron2's contract: a dict of losses in training, else each image's detections."""
         images = self.preprocess_image(batched_inputs)
         if self.training:
@@ -202,7 +203,7 @@ class MultiScaleRun(DenseRun):
         return self.staged.model.fuse(self.high, self.low)
 
     @stage
-    def losses(self) -> Dict[str, torch.Tensor]:
+    def losses(self) -> dict[str, torch.Tensor]:
         """The inner detector's losses of each branch."""
         losses = {}
         for branch, ending in BRANCHES.items():
@@ -211,7 +212,7 @@ class MultiScaleRun(DenseRun):
                 losses[f"{name}_{ending}"] = loss * weight
         return losses
 
-    def _of_branch(self, branch: str) -> Dict[str, torch.Tensor]:
+    def _of_branch(self, branch: str) -> dict[str, torch.Tensor]:
         """The inner detector's losses on the maps of a branch, with the same anchors and assignment."""
         if branch == "fused":
             return self.staged.losses(self.anchors, self.outputs, self.assignment)
@@ -220,7 +221,7 @@ class MultiScaleRun(DenseRun):
         return run.losses
 
 
-def _low_levels(detector: DenseDetector, factor: int) -> Dict[str, str]:
+def _low_levels(detector: DenseDetector, factor: int) -> dict[str, str]:
     """Name of each map that the head reads -> that of the map of the decimated image that has its size."""
     shapes = detector.backbone.output_shape()
     by_stride = {shape.stride: name for name, shape in shapes.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -14,7 +14,7 @@ from ..losses import weighted_mean
 from .box_coders import DeltaCoder, DistributionCoder
 from .focal import FocalDetector
 from .head import TowerHead
-from .one_stage import build_box_loss, common_arguments, concatenate_levels, head_arguments
+from .tower_detector import build_box_loss, common_arguments, concatenate_levels, head_arguments
 
 
 @META_ARCH_REGISTRY.register()
@@ -39,7 +39,7 @@ class OpenMMLabRetinaNet(FocalDetector):
         super().__init__(**kwargs)
 
     @classmethod
-    def from_config(cls, cfg) -> Dict[str, Any]:
+    def from_config(cls, cfg) -> dict[str, Any]:
         node = cfg.MODEL.RETINANET
         arguments, input_shape = common_arguments(cfg, "RETINANET")
         anchor_generator = build_anchor_generator(cfg, input_shape)
@@ -66,7 +66,7 @@ class OpenMMLabRetinaNet(FocalDetector):
             "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
         }
 
-    def losses(self, anchors, outputs, assignment) -> Dict[str, torch.Tensor]:
+    def losses(self, anchors, outputs, assignment) -> dict[str, torch.Tensor]:
         """``loss_cls`` (focal loss of all anchors not ignored) and ``loss_box_reg`` (of the positives)."""
         whole = concatenate_levels(outputs)
         positives = self.positives(anchors, whole["deltas"], assignment)

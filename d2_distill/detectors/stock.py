@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -14,7 +14,7 @@ from detectron2.structures import Instances
 from torch import nn
 
 from ..staged import Assignment, Run, StagedDense, StagedDetector, Tower, register_staged, stage
-from .regions import RegionStage, StagedRegions, keep_region_classes
+from .roi_heads import RoIStage, StagedRoIHeads, keep_roi_classes
 
 
 @register_staged(RetinaNet)
@@ -29,7 +29,7 @@ class StagedRetinaNet(StagedDense):
         self.towers = {"cls": Tower(head.cls_subnet), "box": Tower(head.bbox_subnet)}
         self.predictors = {"logits": ("cls", head.cls_score), "deltas": ("box", head.bbox_pred)}
 
-    def losses(self, anchors, outputs, assignment: Assignment) -> Dict[str, torch.Tensor]:
+    def losses(self, anchors, outputs, assignment: Assignment) -> dict[str, torch.Tensor]:
         return self.model.losses(
             anchors, outputs["logits"], list(assignment.labels), outputs["deltas"], list(assignment.boxes)
         )
@@ -46,7 +46,7 @@ class StagedFCOS(StagedRetinaNet):
         super().__init__(model)
         self.predictors["centerness"] = ("box", model.head.ctrness)
 
-    def losses(self, anchors, outputs, assignment: Assignment) -> Dict[str, torch.Tensor]:
+    def losses(self, anchors, outputs, assignment: Assignment) -> dict[str, torch.Tensor]:
         return self.model.losses(
             anchors, outputs["logits"], list(assignment.labels), outputs["deltas"], list(assignment.boxes),
             outputs["centerness"],
@@ -58,22 +58,22 @@ class StagedRCNN(StagedDetector):
     """Two-stage detectors: features, proposals, RoI heads.
 
     Attributes:
-        regions: the RoI heads in stages, if they are StandardROIHeads with boxes only; None for any other RoI heads,
+        roi_heads: the RoI heads in stages, if they are StandardROIHeads with boxes only; None for any other RoI heads,
             which run as a whole.
     """
 
     def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__(model)
-        self.regions = StagedRegions(model.roi_heads) if _is_one_box_branch(model.roi_heads) else None
+        self.roi_heads = StagedRoIHeads(model.roi_heads) if _is_one_box_branch(model.roi_heads) else None
 
     @property
     def num_classes(self) -> int:
         return self.model.roi_heads.num_classes
 
     def keep_classes(self, classes: Sequence[int]) -> None:
-        keep_region_classes(self.model.roi_heads, classes)
+        keep_roi_classes(self.model.roi_heads, classes)
 
-    def feature_shapes(self) -> Dict[str, ShapeSpec]:
+    def feature_shapes(self) -> dict[str, ShapeSpec]:
         shapes = self.model.backbone.output_shape()
         return dict(sorted(shapes.items(), key=lambda item: item[1].stride))
 
@@ -89,33 +89,33 @@ class RCNNRun(Run):
         return self.staged.model.proposal_generator(self.images, self.features, self.gt_instances)
 
     @property
-    def proposals(self) -> List[Instances]:
+    def proposals(self) -> list[Instances]:
         """Per image: ``proposal_boxes`` and ``objectness_logits``, best first."""
         return self._rpn[0]
 
     @stage
-    def regions(self) -> List[RegionStage]:
+    def rois(self) -> list[RoIStage]:
         """The box branch on the sampled proposals, in training; nothing if the RoI heads run as a whole."""
-        if self.staged.regions is None:
+        if self.staged.roi_heads is None:
             return []
         sampled = self.staged.model.roi_heads.label_and_sample_proposals(self.proposals, self.gt_instances)
-        return self.staged.regions.run(self.features, sampled, self.gt_instances)
+        return self.staged.roi_heads.run(self.features, sampled, self.gt_instances)
 
     @stage
-    def _rois(self) -> Tuple[List[Instances], Dict[str, torch.Tensor]]:
+    def _roi_stage(self) -> tuple[list[Instances], dict[str, torch.Tensor]]:
         """Sampled proposals and losses of the RoI heads."""
-        if self.regions:
-            return self.regions[0].proposals, self.staged.regions.losses(self.regions)
+        if self.rois:
+            return self.rois[0].proposals, self.staged.roi_heads.losses(self.rois)
         return self.staged.model.roi_heads(self.images, self.features, self.proposals, self.gt_instances)
 
     @property
-    def sampled_proposals(self) -> List[Instances]:
+    def sampled_proposals(self) -> list[Instances]:
         """Per image, in training: the proposals that the RoI losses are on, with ``gt_classes``."""
-        return self.regions[0].proposals if self.regions else self._rois[0]
+        return self.rois[0].proposals if self.rois else self._roi_stage[0]
 
     @stage
-    def losses(self) -> Dict[str, torch.Tensor]:
-        return {**self._rois[1], **self._rpn[1]}
+    def losses(self) -> dict[str, torch.Tensor]:
+        return {**self._roi_stage[1], **self._rpn[1]}
 
 
 def _is_one_box_branch(roi_heads: nn.Module) -> bool:

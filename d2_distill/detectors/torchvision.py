@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List, Tuple
-
 import torch
 from detectron2.config import configurable
 from detectron2.layers import batched_nms
@@ -33,7 +31,7 @@ class TorchvisionAnchorGenerator(DefaultAnchorGenerator):
         for cell in self.cell_anchors:
             cell.round_()
 
-    def forward(self, features: List[torch.Tensor]) -> List[Boxes]:
+    def forward(self, features: list[torch.Tensor]) -> list[Boxes]:
         """Each level's H * W * A anchors, ordered by row, column, cell anchor."""
         sides = [cells * self.strides[0] for cells in features[0].shape[-2:]]
         anchors = []
@@ -53,10 +51,10 @@ class ClippedCandidates:
 
     def inference_single_image(
         self,
-        anchors: List[Boxes],
-        scores: List[torch.Tensor],
-        deltas: List[torch.Tensor],
-        image_size: Tuple[int, int],
+        anchors: list[Boxes],
+        scores: list[torch.Tensor],
+        deltas: list[torch.Tensor],
+        image_size: tuple[int, int],
     ) -> Instances:
         """Detections, best first, from scores (R_l, K) and deltas (R_l, 4) of each level's anchors."""
         levels = zip(anchors, scores, deltas)
@@ -66,7 +64,7 @@ class ClippedCandidates:
         return candidates[keep[: self.max_detections_per_image]]
 
     def _clipped_candidates(
-        self, anchors: Boxes, scores: torch.Tensor, deltas: torch.Tensor, image_size: Tuple[int, int]
+        self, anchors: Boxes, scores: torch.Tensor, deltas: torch.Tensor, image_size: tuple[int, int]
     ) -> Instances:
         rows, classes = (scores > self.test_score_thresh).nonzero(as_tuple=True)
         best_scores, best = scores[rows, classes].topk(min(len(rows), self.test_topk_candidates))

@@ -8,7 +8,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
 from ..data.own_sets import add_data_arguments
-from ..listing import print_choices, print_pair
+from .listing import print_choices, print_pair
 from .setup import load_config
 
 

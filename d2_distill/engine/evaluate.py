@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -10,12 +10,12 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import load_exactly
-from ..student import build_student
+from ..checkpoint.exact import load_exactly
+from ..detectors.building import build_detector
 from .trainer import Trainer
 
 
-def load_student(cfg: CfgNode, resume: bool = False, *, weights_key: str = "MODEL.WEIGHTS") -> nn.Module:
+def load_detector(cfg: CfgNode, resume: bool = False, *, weights_key: str = "MODEL.WEIGHTS") -> nn.Module:
     """The student with ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of ``OUTPUT_DIR``.
 
     No teacher is built, loaded or run. Error messages call the weights ``weights_key``.
@@ -23,7 +23,7 @@ def load_student(cfg: CfgNode, resume: bool = False, *, weights_key: str = "MODE
     Raises:
         UserError: the checkpoint is missing, or does not fit the model exactly.
     """
-    model = build_student(cfg)
+    model = build_detector(cfg)
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     weights = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
@@ -32,7 +32,7 @@ def load_student(cfg: CfgNode, resume: bool = False, *, weights_key: str = "MODE
     return model
 
 
-def evaluate(cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
+def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     """Evaluate on every data set of ``DATASETS.TEST``, and against ``TEST.EXPECTED_RESULTS``."""
     results = Trainer.test(cfg, model)
     if comm.is_main_process():

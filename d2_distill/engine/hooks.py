@@ -6,7 +6,7 @@ import logging
 import random
 import signal
 import time
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +31,10 @@ class SeedEveryStep(HookBase):
         np.random.seed(words[1])
         random.seed(int(words[2]))
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed}
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         # A random seed (SEED: -1) is drawn once a run, not once a process.
         self.seed = state["seed"]
 
@@ -47,7 +47,7 @@ class LossNormalizers(HookBase):
     def __init__(self, model: nn.Module, checkpoint_period: int) -> None:
         self._model = model
         self.period = checkpoint_period
-        self._values: List[Dict[str, float]] = []
+        self._values: list[dict[str, float]] = []
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period == 0 or self.trainer.iter + 1 >= self.trainer.max_iter:
@@ -62,10 +62,10 @@ class LossNormalizers(HookBase):
             if hasattr(module, self.ATTRIBUTE)
         })
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"values": self._values} if any(self._values) else {}
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["values"]) == comm.get_world_size():
             for name, value in state["values"][comm.get_rank()].items():
                 setattr(self._model.get_submodule(name), self.ATTRIBUTE, value)
@@ -84,10 +84,10 @@ class TrainingClock(HookBase):
         self._seconds += time.perf_counter() - self._start
         self.trainer.storage.put_scalar("train_seconds", self._seconds, smoothing_hint=False)
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds}
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._seconds = state["seconds"]
 
 
@@ -101,7 +101,7 @@ class StopOnSignal(HookBase):
     def __init__(self, normalizers: LossNormalizers) -> None:
         self._normalizers = normalizers
         self._received = 0
-        self._previous: Dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def before_train(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):

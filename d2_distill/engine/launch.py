@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from typing import Any, Callable, Iterator
+from collections.abc import Iterator
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist

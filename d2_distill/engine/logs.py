@@ -6,7 +6,7 @@ import contextlib
 import logging
 import logging.handlers
 import sys
-from typing import Iterator
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager

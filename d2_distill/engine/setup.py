@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from typing import Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -16,24 +16,24 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..checkpoint import require_file
-from ..config import read_config
+from ..checkpoint.exact import require_file
+from ..config.model_zoo import find_config
+from ..config.reading import read_config
 from ..data.checks import check_datasets
 from ..data.classes import with_classes
 from ..data.own_sets import name_data
 from ..data.registration import register_datasets
+from ..detectors.building import DISTILLER, build_detector
 from ..errors import UserError, sentence_of
 from ..evaluation.voc import voc_convention
-from ..model_zoo import find_config
-from ..student import DISTILLER, build_student
-from .evaluate import load_student
+from .evaluate import load_detector
 from .logs import held_back
 from .output_dir import claim_output_dir
 
 logger = logging.getLogger(__name__)
 
 
-def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
+def setup(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
     """Check the config, the data, the output folder and the model of a run; only then open folder and log.
 
     Returns:
@@ -51,7 +51,7 @@ def setup(args: argparse.Namespace) -> Tuple[CfgNode, nn.Module]:
         cfg = with_classes(cfg)  # some data sets tell their classes only when they are loaded
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
         if args.eval_only:
-            model = load_student(cfg, resume=args.resume)
+            model = load_detector(cfg, resume=args.resume)
             run_cfg = _of_evaluation(cfg)
         else:
             _check_reference_world_size(cfg)
@@ -133,7 +133,7 @@ def _initialised(cfg: CfgNode, resume: bool) -> nn.Module:
     resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if cfg.MODEL.WEIGHTS and not resumes:
         require_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
-    return build_model(cfg) if cfg.MODEL.META_ARCHITECTURE == DISTILLER else build_student(cfg)
+    return build_model(cfg) if cfg.MODEL.META_ARCHITECTURE == DISTILLER else build_detector(cfg)
 
 
 def _of_evaluation(cfg: CfgNode) -> CfgNode:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from typing import Any, List, Optional
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint import TrainingCheckpointer, readable
+from ..checkpoint.exact import TrainingCheckpointer, readable
 from ..data.loader import build_train_loader
 from ..data.mapper import CheckedDatasetMapper
 from ..distiller import Distiller
@@ -44,7 +44,7 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._seeding = SeedEveryStep(cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed())
-        self._batch_files: List[str] = []
+        self._batch_files: list[str] = []
         model.register_forward_pre_hook(self._remember_batch)
         # The loader is built when the first iteration is known.
         self._trainer = trainer_class(_distributed(model), None, optimizer)
@@ -70,7 +70,7 @@ class Trainer(DefaultTrainer):
         mapper = CheckedDatasetMapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
-    def build_hooks(self) -> List[HookBase]:
+    def build_hooks(self) -> list[HookBase]:
         normalizers = LossNormalizers(self.model, self.cfg.SOLVER.CHECKPOINT_PERIOD)
         stop = StopOnSignal(normalizers)
         return [self._seeding, normalizers, TrainingClock(), *super().build_hooks(), stop]
@@ -124,7 +124,7 @@ def _distributed(model: nn.Module) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
     # DDP accepts device ids of GPUs only.
-    device_ids: Optional[List[int]] = None if model.device.type == "cpu" else [comm.get_local_rank()]
+    device_ids: list[int] | None = None if model.device.type == "cpu" else [comm.get_local_rank()]
     with warnings.catch_warnings():
         # It is about another name of the last argument, which older versions of torch do not know.
         warnings.simplefilter("ignore", FutureWarning)

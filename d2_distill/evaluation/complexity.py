@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_flops(model: nn.Module, batched_inputs: List[Dict[str, Any]]) -> int:
+def count_flops(model: nn.Module, batched_inputs: list[dict[str, Any]]) -> int:
     """Multiply-adds of the convolutions and linear layers when the model detects in the given images.
 
     One multiply-add counts as one, as in Detectron2 and in papers on detection; PyTorch counts two.
@@ -26,7 +26,7 @@ def count_flops(model: nn.Module, batched_inputs: List[Dict[str, Any]]) -> int:
     return flops_by_module(model, batched_inputs)[""]
 
 
-def flops_by_module(model: nn.Module, batched_inputs: List[Dict[str, Any]]) -> Dict[str, int]:
+def flops_by_module(model: nn.Module, batched_inputs: list[dict[str, Any]]) -> dict[str, int]:
     """:func:`count_flops` of each module that has any, by its dotted name; of the whole model by ""."""
     was_training = model.training
     model.eval()

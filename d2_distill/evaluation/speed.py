@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable
 
 import torch
 from detectron2.structures import Boxes, Instances
 
 
-def synthetic_batch(batch_size: int, height: int, width: int, num_classes: int) -> List[Dict[str, Any]]:
+def synthetic_batch(batch_size: int, height: int, width: int, num_classes: int) -> list[dict[str, Any]]:
     """Detectron2 dataset dicts of noise images with eight boxes each, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     batch = []
@@ -33,10 +33,10 @@ def seconds_of(function: Callable[[], Any]) -> float:
 
 
 def seconds_in_turns(
-    functions: Dict[str, Callable[[], Any]], *, warmup: int, rounds: int
-) -> Dict[str, List[float]]:
+    functions: dict[str, Callable[[], Any]], *, warmup: int, rounds: int
+) -> dict[str, list[float]]:
     """Seconds of each call of each function; they take turns, the first ``warmup`` rounds are not counted."""
-    seconds: Dict[str, List[float]] = {name: [] for name in functions}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(warmup + rounds):
         for name, function in functions.items():
             duration = seconds_of(function)

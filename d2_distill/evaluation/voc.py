@@ -6,8 +6,9 @@ import logging
 import os
 import xml.etree.ElementTree as ElementTree
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +37,10 @@ class Convention:
         empty_classes: whether classes without objects (difficult ones do not count) are part of the mean.
     """
 
-    thresholds: Tuple[float, ...]
+    thresholds: tuple[float, ...]
     extent: float
     inclusive: bool
-    decimals: Optional[Tuple[int, int]]
+    decimals: tuple[int, int] | None
     empty_classes: bool
 
 
@@ -90,7 +91,7 @@ class Objects(NamedTuple):
     difficult: np.ndarray
 
 
-def best_objects(detections: Detections, objects: Objects, *, extent: float) -> Tuple[np.ndarray, np.ndarray]:
+def best_objects(detections: Detections, objects: Objects, *, extent: float) -> tuple[np.ndarray, np.ndarray]:
     """(D,) object of the same image that each detection overlaps most, and (D,) the IoU; -1 and 0 if none."""
     best = np.full(len(detections.images), -1)
     ious = np.zeros(len(detections.images))
@@ -120,7 +121,7 @@ def _pairwise_iou(boxes1: np.ndarray, boxes2: np.ndarray, extent: float) -> np.n
 
 def recall_and_precision(
     detections: Detections, objects: Objects, convention: Convention
-) -> Tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Recall and precision of one class after each detection, best score first, at T thresholds.
 
     A detection may only match the object that it overlaps most. The first to do so with a sufficient IoU is
@@ -165,14 +166,14 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, *, eleven_point
     return (np.diff(recall, axis=1) * envelope).sum(axis=1)
 
 
-def read_objects(dirname: str, split: str, class_names: Sequence[str]) -> Tuple[List[str], List[Objects]]:
+def read_objects(dirname: str, split: str, class_names: Sequence[str]) -> tuple[list[str], list[Objects]]:
     """The image ids of a split of a Pascal VOC folder, and the objects of each class as written in the files.
 
     An object's ``images`` number the ids.
     """
     with PathManager.open(os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")) as file:
         image_ids = [line.split()[0] for line in file if line.strip()]
-    rows: Dict[str, List[Tuple[int, List[float], bool]]] = {name: [] for name in class_names}
+    rows: dict[str, list[tuple[int, list[float], bool]]] = {name: [] for name in class_names}
     for number, image_id in enumerate(image_ids):
         with PathManager.open(os.path.join(dirname, "Annotations", f"{image_id}.xml")) as file:
             tree = ElementTree.parse(file)
@@ -209,9 +210,9 @@ class VOCEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         # Image id, boxes, scores and classes of each image.
-        self._predictions: List[Tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
+        self._predictions: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def process(self, inputs: List[Dict[str, Any]], outputs: List[Dict[str, Any]]) -> None:
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Take the ``image_id`` of each input and the ``instances`` of each output."""
         for given, output in zip(inputs, outputs):
             instances = output["instances"].to(torch.device("cpu"))
@@ -222,7 +223,7 @@ class VOCEvaluator(DatasetEvaluator):
                 scores, boxes = _rounded(scores, score_decimals), _rounded(boxes, box_decimals)
             self._predictions.append((given["image_id"], boxes, scores, instances.pred_classes.numpy()))
 
-    def evaluate(self) -> Optional[Dict[str, Dict[str, float]]]:
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
         """{"bbox": {"AP", "AP50", "AP75", "AP55" .. "AP95", "AP-<class>" ..}}; None in other than the main process.
 
         {} if no image was processed.
@@ -252,7 +253,7 @@ class VOCEvaluator(DatasetEvaluator):
         ])
         return {"bbox": self._summary(100 * aps, np.array([not x.difficult.all() for x in objects]))}
 
-    def _summary(self, aps: np.ndarray, has_objects: np.ndarray) -> Dict[str, float]:
+    def _summary(self, aps: np.ndarray, has_objects: np.ndarray) -> dict[str, float]:
         """Log AP50 of the classes and the mean at each threshold; ``aps`` is (classes, thresholds)."""
         counted = aps if self._convention.empty_classes else aps[has_objects]
         means = counted.mean(axis=0) if len(counted) else np.full(len(PERCENTS), np.nan)

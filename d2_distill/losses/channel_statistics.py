@@ -5,15 +5,13 @@ PyTorch's own ``std_mean`` over images and locations is ten times slower on the 
 
 from __future__ import annotations
 
-from typing import Tuple
-
 import torch
 
 EPS = 1e-6  # added to the standard deviation (not to the variance), as published
 IMAGES_AND_LOCATIONS = (0, 2, 3)
 
 
-def center(features: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def center(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each channel's mean over images and locations, (1, C, 1, 1), and features (N, C, H, W) without it.
 
     At least in float32.

@@ -10,7 +10,6 @@ intersection and union: AdelaiDet's FCOS takes 1, with boxes in units of the str
 from __future__ import annotations
 
 import math
-from typing import Tuple
 
 import torch
 
@@ -115,7 +114,7 @@ def _area(sides: torch.Tensor) -> torch.Tensor:
     return sides[..., 0] * sides[..., 1]
 
 
-def _intersection_and_union(boxes: torch.Tensor, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def _intersection_and_union(boxes: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     overlap = boxes[..., 2:].minimum(targets[..., 2:]) - boxes[..., :2].maximum(targets[..., :2])
     intersection = _area(overlap.clamp(min=0))
     areas = _area(boxes[..., 2:] - boxes[..., :2]) + _area(targets[..., 2:] - targets[..., :2])
@@ -135,7 +134,7 @@ def _iou(boxes: torch.Tensor, targets: torch.Tensor, eps: float, offset: float) 
 
 def _iou_and_distance(
     boxes: torch.Tensor, targets: torch.Tensor, eps: float
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """IoU, and squared distance of the centres over the squared diagonal; both denominators + eps."""
     intersection, union = _intersection_and_union(boxes, targets)
     centers, target_centers = (x[..., :2] + x[..., 2:] for x in (boxes, targets))

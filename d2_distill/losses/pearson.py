@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 
 from .channel_statistics import standardize
 
 
-def pearson_loss(student: torch.Tensor, teacher: torch.Tensor, resize: Optional[str] = None) -> torch.Tensor:
+def pearson_loss(student: torch.Tensor, teacher: torch.Tensor, resize: str | None = None) -> torch.Tensor:
     """Half the mean squared difference of the maps, each standardised per channel over images and locations.
 
     With n = N*H*W it equals (n - 1) / n * (1 - Pearson's r) averaged over channels (PKD, arXiv 2207.02039).

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional, Union
-
 import torch
 import torch.distributed as dist
 
@@ -11,7 +9,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def weighted_mean(
-    loss: torch.Tensor, weight: Optional[torch.Tensor], normalizer: Union[float, torch.Tensor]
+    loss: torch.Tensor, weight: torch.Tensor | None, normalizer: float | torch.Tensor
 ) -> torch.Tensor:
     """sum(loss * weight) / (normalizer + eps) as in OpenMMLab's losses; eps is float32's (1.19e-07).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -19,7 +19,7 @@ from .pairing import require_same_strides
 KEY = "MODEL.DISTILL.HEAD"
 BRANCHES = ("cls", "box")
 # Branch -> channels of what is adapted, and of what it imitates.
-Channels = Mapping[str, Tuple[int, int]]
+Channels = Mapping[str, tuple[int, int]]
 
 
 class SameLevels(AssistSetting):
@@ -37,7 +37,7 @@ class SameLevels(AssistSetting):
     """
 
     def __init__(
-        self, *, assistant: DenseAssistant, akd: Channels, ckd: Channels, cross_tap: Optional[Tap] = None
+        self, *, assistant: DenseAssistant, akd: Channels, ckd: Channels, cross_tap: Tap | None = None
     ) -> None:
         super().__init__()
         self.assistant = assistant
@@ -74,13 +74,13 @@ class SameLevels(AssistSetting):
                 ckd[branch] = student.tap_channels(branch, tap.position), target
         return cls(assistant=assistant, akd=akd, ckd=ckd, cross_tap=cross_tap)
 
-    def taps(self) -> Dict[str, FrozenSet[Tap]]:
+    def taps(self) -> dict[str, frozenset[Tap]]:
         return dict.fromkeys(self.ckd, frozenset({self.cross_tap})) if self.cross_tap else {}
 
-    def forward(self, student: DenseRun, teacher: Optional[DenseRun]) -> Assistance:
+    def forward(self, student: DenseRun, teacher: DenseRun | None) -> Assistance:
         run = self.assistant(student)
-        akd: List[Pair] = []
-        ckd: List[Pair] = []
+        akd: list[Pair] = []
+        ckd: list[Pair] = []
         for branch, adapter in self.akd.items():
             akd += _pairs(adapter, tower_ends(run, branch), tower_ends(teacher, branch))
         for branch, adapter in self.ckd.items():
@@ -93,7 +93,7 @@ def _adapters(channels: Channels) -> nn.ModuleDict:
     return nn.ModuleDict({branch: nn.Conv2d(*pair, 1) for branch, pair in channels.items()})
 
 
-def _cross_tap(position: int, student: StagedDense, teacher: StagedDense) -> Optional[Tap]:
+def _cross_tap(position: int, student: StagedDense, teacher: StagedDense) -> Tap | None:
     """The place that ``CKD_TAP`` means in the student's towers; None for their ends."""
     if position == -1:
         return None
@@ -108,7 +108,7 @@ def _cross_tap(position: int, student: StagedDense, teacher: StagedDense) -> Opt
     return Tap(position)
 
 
-def _pairs(adapter: nn.Module, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> List[Pair]:
+def _pairs(adapter: nn.Module, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> list[Pair]:
     for level, (x, y) in enumerate(zip(ours, theirs)):
         if x.shape[-2:] != y.shape[-2:]:
             raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from ..staged import Run, StagedDetector, Taps
 from ..teacher import Teacher
 
 # An adapted tensor and what it imitates, of one shape, (R, D) or (N, D, H, W); the latter has no gradient.
-Pair = Tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,16 +27,16 @@ class Assistance:
         ckd: the student's adapted features and the teacher's.
     """
 
-    losses: Dict[str, torch.Tensor]
-    akd: List[Pair] = field(default_factory=list)
-    ckd: List[Pair] = field(default_factory=list)
+    losses: dict[str, torch.Tensor]
+    akd: list[Pair] = field(default_factory=list)
+    ckd: list[Pair] = field(default_factory=list)
 
 
 class AssistSetting(nn.Module):
     """How HEAD serves one kind of pair; owns the assistant and the adapters."""
 
     @classmethod
-    def build(cls, cfg: CfgNode, student: StagedDetector, teacher: Optional[Teacher]) -> "AssistSetting":
+    def build(cls, cfg: CfgNode, student: StagedDetector, teacher: Teacher | None) -> "AssistSetting":
         """From ``MODEL.DISTILL.HEAD``; parts whose weight is 0 get no adapters.
 
         Raises:
@@ -49,18 +48,18 @@ class AssistSetting(nn.Module):
         """Places in the towers that it reads from the ``taps`` of both runs, by branch."""
         return {}
 
-    def forward(self, student: Run, teacher: Optional[Run]) -> Assistance:
+    def forward(self, student: Run, teacher: Run | None) -> Assistance:
         raise NotImplementedError
 
 
-def mimicry_loss(pairs: List[Pair]) -> torch.Tensor:
+def mimicry_loss(pairs: list[Pair]) -> torch.Tensor:
     """Sum over the pairs of the mean squared error; 0, with its graph, of a pair without elements."""
     return sum(
         F.mse_loss(ours.float(), theirs.float(), reduction="sum") / max(theirs.numel(), 1) for ours, theirs in pairs
     )
 
 
-def recorded_sum(losses: Dict[str, torch.Tensor]) -> torch.Tensor:
+def recorded_sum(losses: dict[str, torch.Tensor]) -> torch.Tensor:
     """The sum of an assistant's losses, each of which is recorded."""
     get_event_storage().put_scalars(**{name: loss.item() for name, loss in losses.items()})
     return sum(losses.values())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Mapping, Optional, Union
+from collections.abc import Mapping
+from typing import Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -10,10 +11,10 @@ from detectron2.utils.registry import Registry
 from torch import nn
 
 from ..errors import PairError, UserError
-from ..gradient_ratio import WeightedTerm
-from ..schedules import is_constant
 from ..staged import Run, StagedDetector, Taps
 from ..teacher import Teacher
+from .gradient_ratio import WeightedTerm
+from .schedules import is_constant
 
 Schedule = Callable[[int], float]
 
@@ -31,20 +32,20 @@ class DistillMethod(nn.Module):
 
     Args:
         weights: term name -> weight. A term of weight 0 is not computed.
-        schedule: factor on the weights at an iteration, see :mod:`d2_distill.schedules`; one for all terms, or term
+        schedule: factor on the weights at an iteration, see :mod:`d2_distill.methods.schedules`; one for all terms, or term
             name -> its own.
     """
 
     # Term -> the config key of its weight, below MODEL.DISTILL.
-    WEIGHT_KEYS: Dict[str, str] = {}
+    WEIGHT_KEYS: dict[str, str] = {}
 
-    def __init__(self, *, weights: Dict[str, float], schedule: Union[Schedule, Mapping[str, Schedule]]) -> None:
+    def __init__(self, *, weights: dict[str, float], schedule: Schedule | Mapping[str, Schedule]) -> None:
         super().__init__()
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.schedules = schedule if isinstance(schedule, Mapping) else dict.fromkeys(self.weights, schedule)
 
     @classmethod
-    def configured_weights(cls, cfg: CfgNode) -> Dict[str, float]:
+    def configured_weights(cls, cfg: CfgNode) -> dict[str, float]:
         """Weight of each term of ``WEIGHT_KEYS``."""
         weights = {}
         for term, key in cls.WEIGHT_KEYS.items():
@@ -57,7 +58,7 @@ class DistillMethod(nn.Module):
         """Places in the towers that the method reads from the ``taps`` of both runs, by branch."""
         return {}
 
-    def forward(self, student: Run, teacher: Optional[Run]) -> Dict[str, torch.Tensor]:
+    def forward(self, student: Run, teacher: Run | None) -> dict[str, torch.Tensor]:
         """Every term of ``self.weights``, a scalar each, before its weight."""
         raise NotImplementedError
 
@@ -70,17 +71,17 @@ class DistillMethod(nn.Module):
         return not is_constant(self.schedules[term])
 
     def weighted_term(self, term: str, value: torch.Tensor, iteration: int) -> WeightedTerm:
-        """A term of ``forward`` as :func:`~d2_distill.gradient_ratio.report` wants it."""
+        """A term of ``forward`` as :func:`~d2_distill.methods.gradient_ratio.report` wants it."""
         key = f"MODEL.DISTILL.{self.WEIGHT_KEYS[term]}" if term in self.WEIGHT_KEYS else ""
         return WeightedTerm(term, value * self.weights[term], self.schedules[term](iteration), key)
 
 
-def list_methods() -> List[str]:
+def list_methods() -> list[str]:
     """Names that ``MODEL.DISTILL.METHODS`` may contain."""
     return sorted(name for name, _ in DISTILL_METHOD_REGISTRY)
 
 
-def build_methods(cfg: CfgNode, student: StagedDetector, teacher: Optional[Teacher]) -> nn.ModuleDict:
+def build_methods(cfg: CfgNode, student: StagedDetector, teacher: Teacher | None) -> nn.ModuleDict:
     """The methods of ``MODEL.DISTILL.METHODS``, by name, without those whose weights are all 0.
 
     Raises:
@@ -109,13 +110,13 @@ def build_methods(cfg: CfgNode, student: StagedDetector, teacher: Optional[Teach
 
 
 def refusals(
-    cfg: CfgNode, student: StagedDetector, teacher: Optional[Teacher]
-) -> Dict[str, Optional[UserError]]:
+    cfg: CfgNode, student: StagedDetector, teacher: Teacher | None
+) -> dict[str, UserError | None]:
     """Of every registered method, why it refuses a pair of detectors under a config; None where it does not.
 
     The methods' own ``from_config`` are asked. Random numbers that they draw are given back.
     """
-    found: Dict[str, Optional[UserError]] = {}
+    found: dict[str, UserError | None] = {}
     with torch.random.fork_rng(devices=[]):
         for name in list_methods():
             try:
@@ -128,7 +129,7 @@ def refusals(
     return found
 
 
-def _alternatives(cfg: CfgNode, student: StagedDetector, teacher: Optional[Teacher]) -> str:
+def _alternatives(cfg: CfgNode, student: StagedDetector, teacher: Teacher | None) -> str:
     serving = [name for name, refusal in refusals(cfg, student, teacher).items() if refusal is None]
     whom = "this student without a teacher" if teacher is None else "this pair"
     return f"Methods that serve {whom}: {', '.join(serving)}." if serving else f"No method serves {whom}."

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes
 from torch import nn
 
+from ..boxes.geometry import distances_to_sides
 from ..errors import PairError, UserError
-from ..geometry import distances_to_sides
 from ..losses import (
     BOX_LOSSES,
     align_statistics,
@@ -20,10 +21,10 @@ from ..losses import (
     quality_focal_loss,
     weighted_mean,
 )
-from ..schedules import build_schedule
 from ..staged import DenseRun, StagedDense, StagedDetector, Tap
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import require_same_classes, require_same_strides, require_teacher, same_anchors
+from .schedules import build_schedule
 
 KEY = "MODEL.DISTILL.CROSSKD"
 # Term -> the output of the teacher's head that it compares.
@@ -85,7 +86,7 @@ class CrossKD(DistillMethod):
         box_temperature: float,
         normalizer_floor: float,
         shares_anchors: bool = True,
-        adapters: Optional[Mapping[str, Tuple[int, int]]] = None,
+        adapters: Mapping[str, tuple[int, int]] | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -101,7 +102,7 @@ class CrossKD(DistillMethod):
         })
 
     @classmethod
-    def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
+    def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
         node = cfg.MODEL.DISTILL.CROSSKD
         teacher = require_teacher(teacher, "CrossKD")
         _check_values(node)
@@ -131,7 +132,7 @@ class CrossKD(DistillMethod):
     def taps(self):
         return {branch: frozenset({tap}) for branch, tap in self.tap_of.items()}
 
-    def forward(self, student: DenseRun, teacher: DenseRun) -> Dict[str, torch.Tensor]:
+    def forward(self, student: DenseRun, teacher: DenseRun) -> dict[str, torch.Tensor]:
         crossed = self.crossed_outputs(student, teacher)
         with torch.no_grad():
             own = {output: torch.cat(levels, dim=1) for output, levels in teacher.outputs.items()}
@@ -163,10 +164,10 @@ class CrossKD(DistillMethod):
             terms["loss_crosskd_centerness"] = weighted_mean(loss, positive, normalizer)
         return terms
 
-    def crossed_outputs(self, student: DenseRun, teacher: DenseRun) -> Dict[str, torch.Tensor]:
+    def crossed_outputs(self, student: DenseRun, teacher: DenseRun) -> dict[str, torch.Tensor]:
         """What the teacher's head makes of the student's taps: output -> (N, R, K) at its R anchors."""
         head = teacher.staged
-        maps: Dict[str, List[torch.Tensor]] = {OUTPUTS[term]: [] for term in self.weights}
+        maps: dict[str, list[torch.Tensor]] = {OUTPUTS[term]: [] for term in self.weights}
         for branch, tap in self.tap_of.items():
             # Taps behind an activation go through it again: the alignment may make features negative.
             start = Tap(tap.position, activated=tap.position == 0)
@@ -200,7 +201,7 @@ def _classes(staged: StagedDense, logits: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _confidence(staged: StagedDense, outputs: Dict[str, torch.Tensor]) -> torch.Tensor:
+def _confidence(staged: StagedDense, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """(N, R) highest class score. The highest logit has it, so that the others are not made into scores."""
     highest = _classes(staged, outputs["logits"]).amax(dim=-1, keepdim=True)
     return staged.class_scores({**outputs, "logits": highest}).squeeze(-1)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.modeling.roi_heads import StandardROIHeads
 
-from ..detectors.regions import StagedRegions
+from ..detectors.roi_heads import StagedRoIHeads
 from ..detectors.stock import RCNNRun, StagedRCNN
 from ..errors import PairError, UserError
 from ..losses import kd_kl_div_loss, weighted_mean
-from ..schedules import build_schedule
 from ..staged import StagedDetector
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import require_same_classes, require_teacher
+from .schedules import build_schedule
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -42,13 +42,13 @@ class CrossKDRoI(DistillMethod):
         "loss_crosskd_roi_box": "CROSSKD_ROI.BOX_WEIGHT",
     }
 
-    def __init__(self, *, levels: Dict[str, str], temperature: float, **kwargs) -> None:
+    def __init__(self, *, levels: dict[str, str], temperature: float, **kwargs) -> None:
         super().__init__(**kwargs)
         self.levels = levels
         self.temperature = temperature
 
     @classmethod
-    def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
+    def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
         node = cfg.MODEL.DISTILL.CROSSKD_ROI
         teacher = require_teacher(teacher, "CrossKDRoI")
         _require_standard_heads(student, teacher.staged)
@@ -62,13 +62,13 @@ class CrossKDRoI(DistillMethod):
             "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.CROSSKD_ROI.SCHEDULE"),
         }
 
-    def forward(self, student: RCNNRun, teacher: RCNNRun) -> Dict[str, torch.Tensor]:
+    def forward(self, student: RCNNRun, teacher: RCNNRun) -> dict[str, torch.Tensor]:
         boxes = [proposals.proposal_boxes for proposals in student.sampled_proposals]
         features = {theirs: student.features[ours] for theirs, ours in self.levels.items()}
-        regions = StagedRegions(teacher.staged.model.roi_heads)
-        outputs = regions.stage(0, features, boxes)
+        roi_heads = StagedRoIHeads(teacher.staged.model.roi_heads)
+        outputs = roi_heads.stage(0, features, boxes)
         with torch.no_grad():
-            targets = regions.stage(0, teacher.features, boxes)
+            targets = roi_heads.stage(0, teacher.features, boxes)
         losses = {}
         if "loss_crosskd_roi_cls" in self.weights:
             losses["loss_crosskd_roi_cls"] = kd_kl_div_loss(outputs.logits, targets.logits, self.temperature)
@@ -87,14 +87,14 @@ def _require_standard_heads(student: StagedDetector, teacher: StagedDetector) ->
                 f"CrossKDRoI cannot use the {side} {detector.kind} (student {student.kind}, teacher {teacher.kind}); "
                 "both must be GeneralizedRCNN with MODEL.ROI_HEADS.NAME 'StandardROIHeads'."
             )
-    if StagedRegions(teacher.model.roi_heads).num_stages > 1:
+    if StagedRoIHeads(teacher.model.roi_heads).num_stages > 1:
         raise PairError(
             "CrossKDRoI cannot use a teacher with a cascade of box heads; choose one whose MODEL.ROI_HEADS.NAME is "
             "'StandardROIHeads'."
         )
 
 
-def _match_levels(student: StagedDetector, teacher: StagedDetector) -> Dict[str, str]:
+def _match_levels(student: StagedDetector, teacher: StagedDetector) -> dict[str, str]:
     """Name of the student's feature for each one that the teacher's RoI head reads."""
     ours, theirs = student.feature_shapes(), teacher.feature_shapes()
     by_stride = {shape.stride: name for name, shape in ours.items()}

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
-from ..schedules import build_schedule
 from ..staged import Run, StagedDense, StagedDetector
 from ..teacher import Teacher
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .imitation_regions import REGIONS, ImitationRegion, finegrained, general_instances, inside_gt
 from .pairing import FeaturePair, pair_features, require_same_classes, require_same_outputs, require_teacher
+from .schedules import build_schedule
 
 KEY = "MODEL.DISTILL.IMITATION"
 WHOLE = "whole"
@@ -53,9 +53,9 @@ class FeatureImitation(DistillMethod):
     def __init__(
         self,
         *,
-        pairs: List[FeaturePair],
+        pairs: list[FeaturePair],
         adapt: bool = True,
-        region: Optional[ImitationRegion] = None,
+        region: ImitationRegion | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -67,7 +67,7 @@ class FeatureImitation(DistillMethod):
                 self.adapters[pair.student] = nn.Conv2d(pair.student_channels, pair.teacher_channels, 1)
 
     @classmethod
-    def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
+    def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
         node = cfg.MODEL.DISTILL.IMITATION
         teacher = require_teacher(teacher, "FeatureImitation")
         pairs = pair_features(student, teacher.staged, node.IN_FEATURES, f"{KEY}.IN_FEATURES")
@@ -81,7 +81,7 @@ class FeatureImitation(DistillMethod):
             "schedule": build_schedule(node.SCHEDULE, f"{KEY}.SCHEDULE"),
         }
 
-    def forward(self, student: Run, teacher: Run) -> Dict[str, torch.Tensor]:
+    def forward(self, student: Run, teacher: Run) -> dict[str, torch.Tensor]:
         weights = {}
         if self.region is not None:
             self._require_same_sizes(student, teacher)
@@ -117,7 +117,7 @@ def _resize(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _require_same_channels(pairs: List[FeaturePair]) -> None:
+def _require_same_channels(pairs: list[FeaturePair]) -> None:
     for pair in pairs:
         if pair.student_channels != pair.teacher_channels:
             raise UserError(
@@ -129,7 +129,7 @@ def _require_same_channels(pairs: List[FeaturePair]) -> None:
 
 def build_region(
     cfg, name: str, student: StagedDetector, teacher: Teacher
-) -> Optional[ImitationRegion]:
+) -> ImitationRegion | None:
     """A region by its name in ``MODEL.DISTILL.IMITATION.REGION``; None for "whole".
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Type
+from typing import Any
 
 import torch
 from detectron2.modeling.roi_heads import StandardROIHeads
@@ -10,14 +10,14 @@ from detectron2.utils.events import get_event_storage
 
 from ..detectors.stock import StagedRCNN
 from ..errors import PairError, UserError
-from ..schedules import build_schedule
 from ..staged import Run, StagedDense, StagedDetector
 from ..teacher import Teacher
 from .assist_dense import SameLevels
-from .assist_regions import SharedRegions, TracedRegions
+from .assist_rois import SharedRoIs, TracedRoIs
 from .assistance import AssistSetting, mimicry_loss, recorded_sum
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import require_same_classes, require_teacher
+from .schedules import build_schedule
 
 KEY = "MODEL.DISTILL.HEAD"
 PARTS = ("ASSIST", "AKD", "CKD")
@@ -49,7 +49,7 @@ class HEAD(DistillMethod):
         self.setting = setting
 
     @classmethod
-    def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
+    def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
         node = cfg.MODEL.DISTILL.HEAD
         _check_values(node)
         if node.AKD_WEIGHT or node.CKD_WEIGHT or node.ASSISTANT_INIT == "teacher":
@@ -69,7 +69,7 @@ class HEAD(DistillMethod):
     def taps(self):
         return self.setting.taps()
 
-    def forward(self, student: Run, teacher: Optional[Run]) -> Dict[str, torch.Tensor]:
+    def forward(self, student: Run, teacher: Run | None) -> dict[str, torch.Tensor]:
         # The student's own head may record the same names.
         with get_event_storage().name_scope("assist"):
             assistance = self.setting(student, teacher)
@@ -91,7 +91,7 @@ def _check_values(node) -> None:
         )
 
 
-def _choose(student: StagedDetector, teacher: Optional[Teacher]) -> Type[AssistSetting]:
+def _choose(student: StagedDetector, teacher: Teacher | None) -> type[AssistSetting]:
     """The setting for a pair of these kinds."""
     if teacher is not None and isinstance(teacher.staged, StagedRCNN):
         roi_heads = teacher.staged.model.roi_heads
@@ -106,7 +106,7 @@ def _choose(student: StagedDetector, teacher: Optional[Teacher]) -> Type[AssistS
                 f"HEAD cannot use the student {student.kind} with the teacher {teacher.staged.kind}: a two-stage "
                 "student needs a two-stage teacher, while a one-stage student may have either kind."
             )
-        return SharedRegions
+        return SharedRoIs
     if teacher is not None and isinstance(teacher.staged, StagedDense):
         return SameLevels
-    return TracedRegions
+    return TracedRoIs

@@ -6,12 +6,12 @@ A cell is a location of a feature map; with several anchors it is in a region if
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Dict, Tuple
+from typing import Callable
 
 import torch
 from detectron2.structures import Boxes
 
-from ..geometry import centers_of
+from ..boxes.geometry import centers_of
 from ..regions import finegrained_region, general_instance_rows, inside_boxes
 from ..staged import DenseRun, Run
 
@@ -31,14 +31,14 @@ class ImitationRegion:
     anchors: AnchorRegion
     background_weight: float = 0.0
 
-    def weights(self, student: Run, teacher: Run) -> Dict[str, torch.Tensor]:
+    def weights(self, student: Run, teacher: Run) -> dict[str, torch.Tensor]:
         """The student's feature name -> (N, H * W) weights, with which a sum over cells is a mean.
 
         They are 0 on levels without any cell in the region, and without any positive anchor.
         """
         return {name: self._weights(*level) for name, level in self.cells(student, teacher).items()}
 
-    def cells(self, student: Run, teacher: Run) -> Dict[str, torch.Tensor]:
+    def cells(self, student: Run, teacher: Run) -> dict[str, torch.Tensor]:
         """The student's feature name -> (3, N, H * W) bool: cells in the region, no padding, with positives."""
         inside = self.anchors(student, teacher)
         valid, positive = _valid_and_positive(student, inside)
@@ -52,14 +52,14 @@ class ImitationRegion:
         return weights * (inside.any() & positive.any())
 
 
-def cells_of(student: Run, anchors: torch.Tensor) -> Dict[str, torch.Tensor]:
+def cells_of(student: Run, anchors: torch.Tensor) -> dict[str, torch.Tensor]:
     """Values (..., R) of anchors -> the student's feature name -> (..., H * W), of a cell's anchors the largest."""
     sizes = [feature.shape[-2:].numel() for feature in student.features.values()]
     cells = anchors.unflatten(-1, (sum(sizes), -1)).amax(dim=-1)
     return dict(zip(student.features, cells.split(sizes, dim=-1)))
 
 
-def _valid_and_positive(student: Run, like: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def _valid_and_positive(student: Run, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, R) bool each; all anchors are where the student does not tell."""
     everything = torch.ones_like(like)
     if not isinstance(student, DenseRun):
@@ -118,7 +118,7 @@ def general_instances(student: DenseRun, teacher: DenseRun, *, per_image: bool =
     return torch.cat(masks, dim=1)
 
 
-def scores_and_boxes(run: DenseRun) -> Tuple[torch.Tensor, torch.Tensor]:
+def scores_and_boxes(run: DenseRun) -> tuple[torch.Tensor, torch.Tensor]:
     """Class probabilities (N, R, num_classes) and XYXY boxes (N, R, 4) in pixels, without gradient."""
     # Stages keep what the first access gives: it must not be one without gradient.
     outputs = {name: torch.cat(levels, dim=1) for name, levels in run.outputs.items()}
@@ -129,7 +129,7 @@ def scores_and_boxes(run: DenseRun) -> Tuple[torch.Tensor, torch.Tensor]:
 
 
 # By the name in MODEL.DISTILL.IMITATION.REGION.
-REGIONS: Dict[str, AnchorRegion] = {
+REGIONS: dict[str, AnchorRegion] = {
     "inside_gt": inside_gt,
     "decouple": inside_gt,
     "finegrained": finegrained,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable
 
 import torch
 from detectron2.structures import Boxes
@@ -12,14 +12,14 @@ from ..assigners import atss_thresholds
 from ..errors import PairError, UserError
 from ..losses import kd_kl_div_loss
 from ..regions import VALUABLE_OVERLAPS, inside_boxes, valuable_region
-from ..schedules import build_schedule
 from ..staged import DenseRun, StagedDense
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import require_same_classes, require_same_outputs, require_teacher
+from .schedules import build_schedule
 
 # Term -> its node of MODEL.DISTILL.LD.
 NODES = {"loss_ld": "MAIN_LD", "loss_ld_vlr": "VLR_LD", "loss_kd": "MAIN_KD", "loss_kd_vlr": "VLR_KD"}
-Rows = Tuple[torch.Tensor, torch.Tensor]  # image and anchor index of each row
+Rows = tuple[torch.Tensor, torch.Tensor]  # image and anchor index of each row
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class LD(DistillMethod):
     def __init__(
         self,
         *,
-        temperatures: Dict[str, float],
+        temperatures: dict[str, float],
         reference_images: int,
         joint_softmax: bool,
         valuable: ValuableRegion,
@@ -97,7 +97,7 @@ class LD(DistillMethod):
         self.valuable = valuable
 
     @classmethod
-    def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
+    def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
         node, key = cfg.MODEL.DISTILL.LD, "MODEL.DISTILL.LD"
         teacher = require_teacher(teacher, "LD")
         _check_pair(student, teacher.staged, on_boxes=bool(node.MAIN_LD.WEIGHT or node.VLR_LD.WEIGHT))
@@ -118,7 +118,7 @@ class LD(DistillMethod):
         return cls.arguments(node, student)
 
     @staticmethod
-    def arguments(node, student: StagedDense) -> Dict[str, Any]:
+    def arguments(node, student: StagedDense) -> dict[str, Any]:
         """Constructor arguments from a checked ``MODEL.DISTILL.LD``."""
         terms = {term: node[name] for term, name in NODES.items()}
         region = node.VLR.REGION
@@ -137,7 +137,7 @@ class LD(DistillMethod):
             "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.LD.SCHEDULE"),
         }
 
-    def forward(self, student: DenseRun, teacher: DenseRun) -> Dict[str, torch.Tensor]:
+    def forward(self, student: DenseRun, teacher: DenseRun) -> dict[str, torch.Tensor]:
         outputs = {name: torch.cat(levels, dim=1) for name, levels in student.outputs.items()}
         targets = {name: torch.cat(levels, dim=1) for name, levels in teacher.outputs.items()}
 

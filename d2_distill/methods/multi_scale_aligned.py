@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 from detectron2.utils.events import get_event_storage
 
 from ..errors import UserError
-from ..schedules import build_schedule
 from ..staged import Run
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import FeaturePair, pair_features, require_same_channels, require_teacher
+from .schedules import build_schedule
 
 KEY = "MODEL.DISTILL.MSAD"
 
@@ -33,12 +33,12 @@ class MSAD(DistillMethod):
 
     WEIGHT_KEYS = {"loss_msad": "MSAD.WEIGHT"}
 
-    def __init__(self, *, pairs: List[FeaturePair], **kwargs) -> None:
+    def __init__(self, *, pairs: list[FeaturePair], **kwargs) -> None:
         super().__init__(**kwargs)
         self.pairs = pairs
 
     @classmethod
-    def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
+    def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
         node = cfg.MODEL.DISTILL.MSAD
         teacher = require_teacher(teacher, "MSAD")
         pairs = pair_features(student, teacher.staged, node.IN_FEATURES, f"{KEY}.IN_FEATURES")
@@ -49,7 +49,7 @@ class MSAD(DistillMethod):
             "schedule": build_schedule(node.SCHEDULE, f"{KEY}.SCHEDULE"),
         }
 
-    def forward(self, student: Run, teacher: Run) -> Dict[str, torch.Tensor]:
+    def forward(self, student: Run, teacher: Run) -> dict[str, torch.Tensor]:
         losses = []
         for pair in self.pairs:
             ours, theirs = student.features[pair.student], teacher.features[pair.teacher]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Optional, Sequence
 
-from .. import class_mapping
+from ..config.class_names import ALIASES_KEY, listed
 from ..errors import PairError, UserError
 from ..staged import StagedDense, StagedDetector
 from ..teacher import Teacher
@@ -23,7 +23,7 @@ class FeaturePair:
 
 def pair_features(
     student: StagedDetector, teacher: StagedDetector, in_features: Sequence[str], key: str
-) -> List[FeaturePair]:
+) -> list[FeaturePair]:
     """Pair feature maps by stride.
 
     Args:
@@ -70,7 +70,7 @@ def require_same_channels(pairs: Sequence[FeaturePair], method: str) -> None:
             )
 
 
-def require_teacher(teacher: Optional[Teacher], method: str) -> Teacher:
+def require_teacher(teacher: Teacher | None, method: str) -> Teacher:
     if teacher is None:
         raise PairError(f"{method} needs a teacher; set MODEL.DISTILL.TEACHER.CONFIG_FILE and .WEIGHTS.")
     return teacher
@@ -110,8 +110,8 @@ def require_same_classes(student: StagedDetector, teacher: Teacher, method: str)
     if teacher.lacks:
         raise PairError(
             f"{method} compares class scores, but the teacher does not know {len(teacher.lacks)} of the student's "
-            f"classes, {', '.join(map(repr, teacher.lacks))} (its own are {class_mapping.listed(teacher.classes)}); "
-            f"name them in {class_mapping.KEY} if it has them under other names, or train the teacher on them."
+            f"classes, {', '.join(map(repr, teacher.lacks))} (its own are {listed(teacher.classes)}); "
+            f"name them in {ALIASES_KEY} if it has them under other names, or train the teacher on them."
         )
     ours, theirs = student.num_classes, teacher.staged.num_classes
     if ours != theirs:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 
 from ..losses import pearson_loss
-from ..schedules import build_schedule
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import FeaturePair, pair_features, require_same_channels, require_teacher
+from .schedules import build_schedule
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -23,12 +23,12 @@ class PKD(DistillMethod):
 
     WEIGHT_KEYS = {"loss_pkd": "PKD.WEIGHT"}
 
-    def __init__(self, *, pairs: List[FeaturePair], **kwargs) -> None:
+    def __init__(self, *, pairs: list[FeaturePair], **kwargs) -> None:
         super().__init__(**kwargs)
         self.pairs = pairs
 
     @classmethod
-    def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
+    def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
         node = cfg.MODEL.DISTILL.PKD
         teacher = require_teacher(teacher, "PKD")
         pairs = pair_features(student, teacher.staged, node.IN_FEATURES, "MODEL.DISTILL.PKD.IN_FEATURES")
@@ -39,7 +39,7 @@ class PKD(DistillMethod):
             "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.PKD.SCHEDULE"),
         }
 
-    def forward(self, student, teacher) -> Dict[str, torch.Tensor]:
+    def forward(self, student, teacher) -> dict[str, torch.Tensor]:
         losses = [
             pearson_loss(student.features[pair.student], teacher.features[pair.teacher], resize="student")
             for pair in self.pairs

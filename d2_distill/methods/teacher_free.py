@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -11,14 +12,14 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..assistants.dense import DenseAssistant, end_channels, tower_ends
-from ..assistants.region import RegionAssistant, region_features
+from ..assistants.proposals import DenseProposer
+from ..assistants.roi import RoIAssistant, roi_features
+from ..assistants.tracing import BRANCH, TracedAdapter
 from ..errors import PairError, UserError
-from ..proposals import DenseProposer
-from ..schedules import build_schedule
 from ..staged import DenseRun, Run, StagedDense
 from .assistance import mimicry_loss, recorded_sum
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .tracing import BRANCH, TracedAdapter
+from .schedules import build_schedule
 
 KEY = "MODEL.DISTILL.TF_HEAD"
 
@@ -35,8 +36,8 @@ class TFHEAD(DistillMethod):
     - ``loss_cross_dense``: mean squared error to the end of the dense assistant's class tower, summed over
       the levels, behind one 1x1 convolution for all levels;
     - ``loss_cross_rcnn``: mean squared error to the R-CNN assistant's last fully connected layer (a cascade's
-      first stage) on the regions that the student proposed, of the tower at the positions that proposed them,
-      behind a linear layer for each anchor. Ground-truth boxes among the regions are left out.
+      first stage) on the RoIs that the student proposed, of the tower at the positions that proposed them,
+      behind a linear layer for each anchor. Ground-truth boxes among the RoIs are left out.
 
     The assistants get no gradient from the imitation.
 
@@ -56,11 +57,11 @@ class TFHEAD(DistillMethod):
     def __init__(
         self,
         *,
-        dense: Optional[DenseAssistant] = None,
-        cross_dense: Optional[nn.Conv2d] = None,
-        rcnn: Optional[RegionAssistant] = None,
-        cross_rcnn: Optional[TracedAdapter] = None,
-        proposer: Optional[DenseProposer] = None,
+        dense: DenseAssistant | None = None,
+        cross_dense: nn.Conv2d | None = None,
+        rcnn: RoIAssistant | None = None,
+        cross_rcnn: TracedAdapter | None = None,
+        proposer: DenseProposer | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -69,7 +70,7 @@ class TFHEAD(DistillMethod):
         self.proposer = proposer
 
     @classmethod
-    def from_config(cls, cfg, student, teacher) -> Dict[str, Any]:
+    def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
         node = cfg.MODEL.DISTILL.TF_HEAD
         if not isinstance(student, StagedDense):
             raise PairError(
@@ -80,7 +81,7 @@ class TFHEAD(DistillMethod):
         if not node.DENSE_ASSISTANT:
             weights["loss_assist_dense"] = 0.0
         _check_assistants(node, weights)
-        parts: Dict[str, Any] = {}
+        parts: dict[str, Any] = {}
         if weights["loss_assist_dense"]:
             parts.update(_build_dense(cfg, student))
         if weights["loss_assist_rcnn"]:
@@ -92,7 +93,7 @@ class TFHEAD(DistillMethod):
         schedule = {term: schedules["CROSS" if "cross" in term else "ASSIST"] for term in weights}
         return {**parts, "weights": weights, "schedule": schedule}
 
-    def forward(self, student: DenseRun, teacher: Optional[Run] = None) -> Dict[str, torch.Tensor]:
+    def forward(self, student: DenseRun, teacher: Run | None = None) -> dict[str, torch.Tensor]:
         terms = {}
         if self.dense is not None:
             terms.update(self._dense_terms(student))
@@ -105,12 +106,12 @@ class TFHEAD(DistillMethod):
         return mimicry_loss([(self.cross_dense(x), y.detach()) for x, y in zip(ours, targets)])
 
     def imitate_rcnn(
-        self, student: DenseRun, sampled: List[Instances], vectors: torch.Tensor
+        self, student: DenseRun, sampled: list[Instances], vectors: torch.Tensor
     ) -> torch.Tensor:
-        """``loss_cross_rcnn`` from the assistant's vectors (R, D) of regions that have ``positions``."""
+        """``loss_cross_rcnn`` from the assistant's vectors (R, D) of RoIs that have ``positions``."""
         return mimicry_loss([self.cross_rcnn(student, sampled, vectors.detach())])
 
-    def _dense_terms(self, student: DenseRun) -> Dict[str, torch.Tensor]:
+    def _dense_terms(self, student: DenseRun) -> dict[str, torch.Tensor]:
         with get_event_storage().name_scope("assist_dense"):
             run = self.dense(student)
             terms = {"loss_assist_dense": recorded_sum(run.losses)}
@@ -120,7 +121,7 @@ class TFHEAD(DistillMethod):
             terms["loss_cross_dense"] = self.imitate_dense(ours, tower_ends(run, BRANCH))
         return terms
 
-    def _rcnn_terms(self, student: DenseRun) -> Dict[str, torch.Tensor]:
+    def _rcnn_terms(self, student: DenseRun) -> dict[str, torch.Tensor]:
         with get_event_storage().name_scope("assist_rcnn"):
             sampled = self.rcnn.sample(self.proposer.propose(student), student.gt_instances)
             assistance = self.rcnn(student.features, sampled, student.gt_instances)
@@ -131,7 +132,7 @@ class TFHEAD(DistillMethod):
         return terms
 
 
-def _check_assistants(node: CfgNode, weights: Dict[str, float]) -> None:
+def _check_assistants(node: CfgNode, weights: dict[str, float]) -> None:
     """Reject weights of what is not there."""
     for kind, keys in (("DENSE", "DENSE_ASSISTANT or DENSE_WEIGHT"), ("RCNN", "RCNN_WEIGHT")):
         part = kind.lower()
@@ -147,7 +148,7 @@ def _check_assistants(node: CfgNode, weights: Dict[str, float]) -> None:
         )
 
 
-def _build_dense(cfg: CfgNode, student: StagedDense) -> Dict[str, Any]:
+def _build_dense(cfg: CfgNode, student: StagedDense) -> dict[str, Any]:
     node, adapter = cfg.MODEL.DISTILL.TF_HEAD, None
     assistant = DenseAssistant.build(cfg, node.DENSE_ASSISTANT, student, key=f"{KEY}.DENSE_ASSISTANT")
     if node.CROSS_DENSE_WEIGHT:
@@ -155,10 +156,10 @@ def _build_dense(cfg: CfgNode, student: StagedDense) -> Dict[str, Any]:
     return {"dense": assistant, "cross_dense": adapter}
 
 
-def _build_rcnn(cfg: CfgNode, student: StagedDense) -> Dict[str, Any]:
+def _build_rcnn(cfg: CfgNode, student: StagedDense) -> dict[str, Any]:
     node, adapter = cfg.MODEL.DISTILL.TF_HEAD, None
-    shapes = region_features(student, node.IN_FEATURES, f"{KEY}.IN_FEATURES")
-    assistant = RegionAssistant.build(cfg, shapes, student.num_classes)
+    shapes = roi_features(student, node.IN_FEATURES, f"{KEY}.IN_FEATURES")
+    assistant = RoIAssistant.build(cfg, shapes, student.num_classes)
     if node.CROSS_RCNN_WEIGHT:
         tap, out_dim = student.towers[BRANCH].end, assistant.staged.fc_dims[-1]
         adapter = TracedAdapter(student, tap, out_dim, per_anchor=node.PER_ANCHOR)

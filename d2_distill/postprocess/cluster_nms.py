@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Tuple
-
 import torch
 
-from ..geometry import centers_of
-from ..overlaps import pairwise_overlaps
+from ..boxes.geometry import centers_of
+from ..boxes.overlaps import pairwise_overlaps
 
 # Published constants of the distance penalty and of score voting.
 DISTANCE_EXPONENT = 0.8
@@ -23,7 +21,7 @@ def cluster_nms(
     *,
     overlap: str = "diou",
     voting: str = "none",
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Class-aware NMS (Zheng et al., arXiv 2005.03572), and voting of the suppressed boxes.
 
     Boxes are taken in descending order of score; i < j of one class overlap by X_ij, and j is suppressed if

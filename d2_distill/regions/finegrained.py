@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 
-from ..overlaps import pairwise_overlaps
+from ..boxes.overlaps import pairwise_overlaps
 
 
 def finegrained_region(
     anchors: torch.Tensor,
     boxes: torch.Tensor,
     valid_boxes: torch.Tensor,
-    valid_anchors: Optional[torch.Tensor] = None,
+    valid_anchors: torch.Tensor | None = None,
     factor: float = 0.5,
 ) -> torch.Tensor:
     """Anchors whose IoU with some box exceeds ``factor`` times the largest that the box has with any anchor.

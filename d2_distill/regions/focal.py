@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Tuple
-
 import torch
 
 
@@ -23,8 +21,8 @@ def spatial_attention(features: torch.Tensor, temperature: float = 0.5) -> torch
 
 
 def focal_masks(
-    boxes: torch.Tensor, valid_boxes: torch.Tensor, size: Tuple[int, int], stride: float
-) -> Tuple[torch.Tensor, torch.Tensor]:
+    boxes: torch.Tensor, valid_boxes: torch.Tensor, size: tuple[int, int], stride: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """S of FGD on the foreground M, and on the background 1 - M: every object weighs as much as any other.
 
     A cell is in a box if the box covers a part of it. There it weighs 1 / (number of the box's cells); in several

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..geometry import depth_inside
+from ..boxes.geometry import depth_inside
 
 
 def inside_boxes(points: torch.Tensor, boxes: torch.Tensor, valid_boxes: torch.Tensor) -> torch.Tensor:

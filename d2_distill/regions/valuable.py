@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 
-from ..overlaps import pairwise_overlaps
+from ..boxes.overlaps import pairwise_overlaps
 
 # Name of an overlap -> mode of pairwise_overlaps: the released code's, and the paper's DIoU.
 VALUABLE_OVERLAPS = {"iof": "iof_diou", "union": "diou"}
@@ -17,7 +15,7 @@ def valuable_region(
     boxes: torch.Tensor,
     valid_boxes: torch.Tensor,
     thresholds: torch.Tensor,
-    valid_anchors: Optional[torch.Tensor] = None,
+    valid_anchors: torch.Tensor | None = None,
     gamma: float = 0.25,
     overlap: str = "iof",
 ) -> torch.Tensor:

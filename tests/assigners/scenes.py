@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -14,10 +14,10 @@ STRIDES = (8, 16, 32)
 
 class Scene(NamedTuple):
     anchors: torch.Tensor
-    level_sizes: List[int]
+    level_sizes: list[int]
     strides: torch.Tensor
     gt: GroundTruth
-    valid_anchors: Optional[torch.Tensor]
+    valid_anchors: torch.Tensor | None
 
 
 def _anchors(per_cell: int):
@@ -75,7 +75,7 @@ def build(seed: int, counts=(5, 0, 6, 2), per_cell: int = 1, some_invalid: bool 
 
 
 # Keyword arguments of :func:`build`.
-SCENES: Dict[str, dict] = {
+SCENES: dict[str, dict] = {
     "plain": {"seed": 0},
     "other": {"seed": 1, "counts": (1, 3, 6, 9)},
     "several anchors a cell": {"seed": 2, "per_cell": 3},
@@ -85,17 +85,17 @@ SCENES: Dict[str, dict] = {
 }
 
 
-def slow_iou(a: List[float], b: List[float]) -> float:
+def slow_iou(a: list[float], b: list[float]) -> float:
     intersection = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
     areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
     return intersection / max(areas - intersection, 1e-6)
 
 
-def boxes_of(scene: Scene, image: int) -> List[List[float]]:
+def boxes_of(scene: Scene, image: int) -> list[list[float]]:
     return scene.gt.boxes[image, scene.gt.valid[image]].tolist()
 
 
-def usable_anchors(scene: Scene, image: int) -> List[int]:
+def usable_anchors(scene: Scene, image: int) -> list[int]:
     """Indices of the anchors that take part in an image."""
     if scene.valid_anchors is None:
         return list(range(len(scene.anchors)))

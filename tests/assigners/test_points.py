@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2_distill.assigners import BACKGROUND, match_points
-from d2_distill.geometry import centers_of
+from d2_distill.boxes.geometry import centers_of
 
 from .scenes import SCENES, boxes_of, build
 

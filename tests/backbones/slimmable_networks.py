@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,11 @@ class Published:
 
     def __init__(self, widths: Sequence[float]) -> None:
         self.widths = widths
-        self.state: Dict[str, torch.Tensor] = {}
+        self.state: dict[str, torch.Tensor] = {}
         torch.manual_seed(0)
         self(len(widths) - 1, torch.zeros(1, 3, 64, 64))  # makes the weights
 
-    def __call__(self, index: int, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def __call__(self, index: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features res2 to res5 of (N, 3, H, W) at the width of an index."""
         raise NotImplementedError
 
@@ -34,7 +34,7 @@ class Published:
         index: int,
         path: str,
         position: int,
-        channels: List[int],
+        channels: list[int],
         kernel: int = 1,
         stride: int = 1,
         depthwise: bool = False,
@@ -63,7 +63,7 @@ class PublishedResNet(Published):
         self.blocks = blocks
         super().__init__(widths)
 
-    def __call__(self, index: int, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def __call__(self, index: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
         x = self.unit(x, index, "features.0", 0, [int(64 * w) for w in self.widths], kernel=7, stride=2).relu()
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         features, layer = {}, 0
@@ -87,10 +87,10 @@ class PublishedMobileNetV2(Published):
     def __init__(self, widths: Sequence[float] = MOBILENET_WIDTHS) -> None:
         super().__init__(widths)
 
-    def channels(self, base: int) -> List[int]:
+    def channels(self, base: int) -> list[int]:
         return [divisible(base * w) for w in self.widths]
 
-    def __call__(self, index: int, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def __call__(self, index: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
         previous = self.channels(32)
         x = F.relu6(self.unit(x, index, "features.0", 0, previous, kernel=3, stride=2))
         features, layer = {}, 0
@@ -108,7 +108,7 @@ class PublishedMobileNetV2(Published):
                 y = self.unit(y, index, path, position + 3, out)
                 x = x + y if stride == 1 and previous == out else y
                 previous = out
-            name: Optional[str] = {24: "res2", 32: "res3", 96: "res4"}.get(base)
+            name: str | None = {24: "res2", 32: "res3", 96: "res4"}.get(base)
             if name:
                 features[name] = x
         tail = self.unit(x, index, "features.18", 0, [1280] * len(self.widths), norm_of_each_width=False)

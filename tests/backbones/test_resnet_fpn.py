@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_backbone
 
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
 from d2_distill.errors import UserError
 
 

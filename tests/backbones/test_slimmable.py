@@ -13,11 +13,11 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from d2_distill.backbones.slimmable import SlimmableResNet
-from d2_distill.checkpoint import load_exactly
+from d2_distill.checkpoint.exact import load_exactly
+from d2_distill.checkpoint.slimmable import is_slimmable, of_one_width
 from d2_distill.engine.trainer import Trainer
 from d2_distill.errors import UserError
 from d2_distill.evaluation.complexity import count_parameters
-from d2_distill.slimmable_weights import is_slimmable, of_one_width
 
 from ..small_detectors import build, detector_cfg, distiller_cfg, save_teacher
 from .slimmable_networks import MOBILENET_WIDTHS, RESNET_WIDTHS, PublishedMobileNetV2, PublishedResNet

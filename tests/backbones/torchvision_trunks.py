@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -33,7 +33,7 @@ def diversify(model: nn.Module) -> nn.Module:
     return model
 
 
-def frozen_layers(model: nn.Module) -> List[int]:
+def frozen_layers(model: nn.Module) -> list[int]:
     """Numbers of the layers in ``features`` without any trainable parameter."""
     return [
         index for index, layer in enumerate(model.features) if not any(p.requires_grad for p in layer.parameters())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
 
 CLASSES = ("cat", "dog")
 WIDE, TALL = (30, 20), (20, 30)  # (width, height)

@@ -10,8 +10,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2_distill.data.classes import dataset_classes, with_classes
 from d2_distill.data.registration import register_datasets
+from d2_distill.detectors.building import num_classes_key
 from d2_distill.errors import UserError
-from d2_distill.student import num_classes_key
 
 from ..small_detectors import CASES, detector_cfg, distiller_cfg
 from .small_sets import CLASSES, write_coco, write_voc

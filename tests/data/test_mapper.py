@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detectron2.data import transforms as T
 from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import transforms as T
 from PIL import Image
 
 from d2_distill.data.loader import build_train_loader, seeded_rng

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from d2_distill.apps.pictures import ground_truth
 from d2_distill.data.registration import register_datasets
 from d2_distill.data.subset import evenly_spread, spread_subset
 from d2_distill.engine.trainer import Trainer
-from d2_distill.visualization import ground_truth
 
 from .small_sets import WIDE, small_cfg, write_coco, write_voc
 

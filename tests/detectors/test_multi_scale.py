@@ -15,10 +15,10 @@ from torch import nn
 
 from d2_distill.backbones import LowResolution
 from d2_distill.detectors import MultiScaleDetector, ScaleFusion
+from d2_distill.detectors.building import num_classes_key
 from d2_distill.detectors.multi_scale import StagedMultiScale
 from d2_distill.errors import UserError
 from d2_distill.staged import StagedDense, stage_detector
-from d2_distill.student import num_classes_key
 
 from ..low_resolution_pairs import LEVELS, STAGES, of_student, of_teacher
 from ..small_detectors import batch, build, detector_cfg, distiller_cfg, image_input

@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
 from d2_distill.detectors.anchor_order import to_size_outer
 from d2_distill.distiller import Distiller
 from d2_distill.methods.pairing import same_anchors

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .toy_training import Regression, simple_trainer
 
+
 class _Recorder(HookBase):
     def __init__(self, name, log):
         self.name, self.log = name, log

@@ -16,8 +16,9 @@ import sys
 import time
 import traceback
 
-import d2_distill.engine  # noqa: F401  what takes long
 import torch
+
+import d2_distill.engine  # noqa: F401  what takes long
 
 
 def serve() -> dict | None:

@@ -10,10 +10,11 @@ import os
 import signal
 from typing import Any
 
-import train_net
-from d2_distill.engine import Trainer, start
 from detectron2.engine import HookBase, default_argument_parser
 from detectron2.utils import comm
+
+import train_net
+from d2_distill.engine import Trainer, start
 
 
 class Recorder(HookBase):

@@ -8,9 +8,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any
 
 import torch
 import yaml
@@ -83,22 +84,22 @@ TF_HEAD = {
 }
 
 
-def merged(*configs: Dict[str, Any]) -> Dict[str, Any]:
+def merged(*configs: dict[str, Any]) -> dict[str, Any]:
     """A config with the values of all, those of later ones first."""
-    result: Dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for config in configs:
         for key, value in config.items():
             result[key] = merged(result.get(key, {}), value) if isinstance(value, dict) else value
     return result
 
 
-def write_config(path: Path, *configs: Dict[str, Any]) -> Path:
+def write_config(path: Path, *configs: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(json.loads(json.dumps(merged(*configs)))))
     return path
 
 
-def distiller(teacher_config: Path, teacher_weights: Path, *methods: str) -> Dict[str, Any]:
+def distiller(teacher_config: Path, teacher_weights: Path, *methods: str) -> dict[str, Any]:
     teacher = {"CONFIG_FILE": str(teacher_config), "WEIGHTS": str(teacher_weights)}
     taps = {"CLS_TAP": 1, "BOX_TAP": 1}
     distill = {"STUDENT": "RetinaNet", "METHODS": list(methods), "TEACHER": teacher, "CROSSKD": taps}
@@ -109,7 +110,7 @@ def distiller(teacher_config: Path, teacher_weights: Path, *methods: str) -> Dic
 class Outcome:
     """How the processes of a run ended; the streams are those of all of them."""
 
-    codes: List[int]
+    codes: list[int]
     stdout: str
     stderr: str
 
@@ -119,7 +120,7 @@ class Outcome:
         return self.codes[0]
 
     @property
-    def errors(self) -> List[str]:
+    def errors(self) -> list[str]:
         return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
 
     def succeeded(self) -> Outcome:
@@ -156,7 +157,7 @@ class ForkServer:
 
     def start(
         self, *arguments: Any, script: Path = ROOT / "train_net.py", processes: int = 1, **environment: str
-    ) -> List[Dict[str, Any]]:
+    ) -> list[dict[str, Any]]:
         """Start a script in the project's folder; several processes get the variables that torchrun sets."""
         started = []
         port = free_port()
@@ -174,11 +175,11 @@ class ForkServer:
             started.append({"pid": pid, **streams})
         return started
 
-    def signal(self, started: Dict[str, Any], number: int, *, group: bool = False) -> None:
+    def signal(self, started: dict[str, Any], number: int, *, group: bool = False) -> None:
         """Send a signal to a process, or to all of its group as a terminal does."""
         self._ask(kill=started["pid"], signal=int(number), group=group)
 
-    def wait(self, started: Sequence[Dict[str, Any]], timeout: float = 120) -> Outcome:
+    def wait(self, started: Sequence[dict[str, Any]], timeout: float = 120) -> Outcome:
         codes = [self._ask(wait=process["pid"], timeout=timeout) for process in started]
         texts = {
             name: "".join(Path(process[name]).read_text(errors="replace") for process in started)
@@ -187,7 +188,7 @@ class ForkServer:
         return Outcome(codes, **texts)
 
 
-def run_program(*command: Any, cwd: Path = ROOT, environment: Dict[str, str] = ENVIRONMENT) -> Outcome:
+def run_program(*command: Any, cwd: Path = ROOT, environment: dict[str, str] = ENVIRONMENT) -> Outcome:
     """Runs ``python *command`` with the Python of the tests."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
@@ -202,7 +203,7 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def losses(folder: Path) -> List[Dict[str, float]]:
+def losses(folder: Path) -> list[dict[str, float]]:
     """What recorder.py wrote, a dict for each iteration made, resumed ones included."""
     return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
 
@@ -215,25 +216,25 @@ def wait_for_losses(folder: Path, timeout: float = 90) -> None:
         time.sleep(0.05)
 
 
-def scalars(folder: Path) -> Dict[str, float]:
+def scalars(folder: Path) -> dict[str, float]:
     """The last value of everything in metrics.json."""
-    values: Dict[str, float] = {}
+    values: dict[str, float] = {}
     for line in (folder / "metrics.json").read_text().splitlines():
         values.update(json.loads(line))
     return values
 
 
-def average_precision(outcome: Outcome) -> List[float]:
+def average_precision(outcome: Outcome) -> list[float]:
     """AP, AP50 and AP75 as an evaluation has printed them."""
     row = [line for line in outcome.stdout.splitlines() if "copypaste: " in line][-1]
     return [float(value) for value in row.rpartition("copypaste: ")[2].split(",")[:3]]
 
 
-def checkpoint(path: Path) -> Dict[str, Any]:
+def checkpoint(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def contents(folder: Path) -> Dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

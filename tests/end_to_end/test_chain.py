@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import yaml
+
 from d2_distill.engine.setup import load_config
 
 from ..data.small_sets import write_voc

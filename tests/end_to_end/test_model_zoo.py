@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from d2_distill import provider
 from d2_distill.engine.setup import load_config
 from d2_distill.errors import UserError

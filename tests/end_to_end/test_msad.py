@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from .runs import (
-    QUIET, RECORDER, TINY, assert_same_run, average_precision, checkpoint, distiller, losses, scalars, write_config,
+    QUIET,
+    RECORDER,
+    TINY,
+    assert_same_run,
+    average_precision,
+    checkpoint,
+    distiller,
+    losses,
+    scalars,
+    write_config,
 )
 
 STAGES = ["res2", "res3", "res4", "res5"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2_distill.video import VideoFile, VideoSource
+from d2_distill.apps.inference.video import VideoFile, VideoSource
 
 from .runs import ROOT
 

@@ -8,8 +8,19 @@ import signal
 import pytest
 
 from .runs import (
-    FASTER_RCNN, RECORDER, TINY, assert_same_run, average_precision, checkpoint, distiller, free_port, losses,
-    run_program, scalars, wait_for_losses, write_config,
+    FASTER_RCNN,
+    RECORDER,
+    TINY,
+    assert_same_run,
+    average_precision,
+    checkpoint,
+    distiller,
+    free_port,
+    losses,
+    run_program,
+    scalars,
+    wait_for_losses,
+    write_config,
 )
 
 

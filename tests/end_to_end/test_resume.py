@@ -7,7 +7,16 @@ import shutil
 import pytest
 
 from .runs import (
-    FASTER_RCNN, QUIET, RECORDER, TF_HEAD, TINY, assert_equal, assert_same_run, checkpoint, distiller, losses,
+    FASTER_RCNN,
+    QUIET,
+    RECORDER,
+    TF_HEAD,
+    TINY,
+    assert_equal,
+    assert_same_run,
+    checkpoint,
+    distiller,
+    losses,
     write_config,
 )
 

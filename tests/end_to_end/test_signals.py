@@ -7,7 +7,15 @@ import signal
 import pytest
 
 from .runs import (
-    QUIET, RECORDER, TINY, assert_same_run, checkpoint, distiller, losses, wait_for_losses, write_config,
+    QUIET,
+    RECORDER,
+    TINY,
+    assert_same_run,
+    checkpoint,
+    distiller,
+    losses,
+    wait_for_losses,
+    write_config,
 )
 
 

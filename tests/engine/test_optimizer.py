@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
 from d2_distill.engine.optimizer import build_optimizer
 from d2_distill.errors import UserError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
 from d2_distill.engine.output_dir import claim_output_dir
 from d2_distill.errors import UserError
 

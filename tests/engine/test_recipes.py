@@ -12,9 +12,9 @@ from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.solver import build_lr_scheduler
 from torch import nn
 
-from d2_distill.backbones.fixed_batch_norm import FixedBatchNorm2d
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
 from d2_distill.engine.optimizer import build_optimizer
+from d2_distill.layers.fixed_batch_norm import FixedBatchNorm2d
 
 
 def config(*opts):

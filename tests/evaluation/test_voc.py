@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
 from d2_distill.engine.setup import setup
 from d2_distill.engine.trainer import Trainer
 from d2_distill.errors import UserError

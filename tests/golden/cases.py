@@ -7,7 +7,7 @@ import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ class Case:
     """One recorded case: its path below the suite's folder (no suffix), its JSON and its arrays."""
 
     name: str
-    data: Dict[str, Any]
-    arrays: Dict[str, np.ndarray] = field(default_factory=dict)
+    data: dict[str, Any]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     def tensor(self, key: str) -> torch.Tensor:
         return torch.from_numpy(np.array(self.arrays[key]))
@@ -33,7 +33,7 @@ def suite_root(suite: str) -> Path:
     return Path(os.environ.get("D2_DISTILL_GOLDEN") or COMMITTED) / suite
 
 
-def case_names(suite: str) -> List[str]:
+def case_names(suite: str) -> list[str]:
     """Every recorded case of a suite, as its path without suffix (sub-folders included)."""
     root = suite_root(suite)
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.json"))
@@ -41,7 +41,7 @@ def case_names(suite: str) -> List[str]:
 
 def load(suite: str, name: str) -> Case:
     path = suite_root(suite) / f"{name}.json"
-    arrays: Dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     if path.with_suffix(".npz").exists():
         with np.load(path.with_suffix(".npz")) as npz:
             arrays = {key: npz[key] for key in npz.files}

@@ -6,7 +6,7 @@ replaced by the recordings.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -15,11 +15,11 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
 from d2_distill.detectors import GFLv2
 from d2_distill.detectors.anchor_order import to_size_outer
+from d2_distill.detectors.building import build_detector, num_classes_key
 from d2_distill.staged import DenseRun, stage_detector
-from d2_distill.student import build_student, num_classes_key
 
 from .cases import Case
 
@@ -34,12 +34,12 @@ class RecordedPyramid(Backbone):
 
     def __init__(self, cfg, input_shape) -> None:
         super().__init__()
-        self.maps: List[torch.Tensor] = []
+        self.maps: list[torch.Tensor] = []
 
-    def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(self.output_shape(), self.maps))
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return {
             f"p{level}": ShapeSpec(channels=CHANNELS, stride=stride)
             for level, stride in enumerate(STRIDES, start=3)
@@ -50,12 +50,12 @@ class RecordedPyramid(Backbone):
 class RecordedGFLv2(GFLv2):
     """GFLv2 with an output of its own for the scores, which are recorded as independent of the logits."""
 
-    def class_scores(self, outputs: Dict[str, torch.Tensor]) -> torch.Tensor:
+    def class_scores(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return outputs["scores"]
 
 
 # Kind of case -> meta-architecture and overrides below MODEL.
-_DETECTORS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+_DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "ld_loss": ("GFL", {}),
     "ldv2_loss": ("RecordedGFLv2", {}),
     "ldatss_loss": ("ATSS", {"ATSS.REG_MAX": 16}),
@@ -86,7 +86,7 @@ class RecordedRuns(NamedTuple):
 
     student: DenseRun
     teacher: DenseRun
-    leaves: Dict[str, torch.Tensor]
+    leaves: dict[str, torch.Tensor]
 
 
 def recorded_runs(case: Case) -> RecordedRuns:
@@ -107,7 +107,7 @@ def recorded_runs(case: Case) -> RecordedRuns:
     return RecordedRuns(_run(case, kind, "s", leaves), _run(case, kind, "t", constants), leaves)
 
 
-def _run(case: Case, kind: str, role: str, inputs: Dict[str, torch.Tensor]) -> DenseRun:
+def _run(case: Case, kind: str, role: str, inputs: dict[str, torch.Tensor]) -> DenseRun:
     """The run of the student ("s") or the frozen one of the teacher ("t")."""
     maps = {
         what: [inputs[f"{role}_{what}{level}"] for level in range(len(STRIDES))]
@@ -124,7 +124,7 @@ def _run(case: Case, kind: str, role: str, inputs: Dict[str, torch.Tensor]) -> D
             output: [to_size_outer(x, NUM_SIZES, NUM_RATIOS, dim=1) for x in levels]
             for output, levels in predictions.items()
         }
-    detector = build_detector(kind, case.data["params"]["num_classes"])
+    detector = case_detector(kind, case.data["params"]["num_classes"])
     zeros = [x.new_zeros(len(x), CHANNELS, *x.shape[2:]) for x in maps["cls"]]
     detector.backbone.maps = maps.get("x", zeros)
 
@@ -137,7 +137,7 @@ def _run(case: Case, kind: str, role: str, inputs: Dict[str, torch.Tensor]) -> D
     return run
 
 
-def build_detector(kind: str, num_classes: int) -> nn.Module:
+def case_detector(kind: str, num_classes: int) -> nn.Module:
     """The detector of a kind of case over a RecordedPyramid; its head has no tower."""
     name, overrides = _DETECTORS[kind]
     cfg = get_distill_cfg()
@@ -147,10 +147,10 @@ def build_detector(kind: str, num_classes: int) -> nn.Module:
     classes_key = num_classes_key(cfg)
     cfg.merge_from_list([classes_key, num_classes, classes_key.replace("NUM_CLASSES", "NUM_CONVS"), 0])
     cfg.merge_from_list([item for key, value in overrides.items() for item in (f"MODEL.{key}", value)])
-    return build_student(cfg)
+    return build_detector(cfg)
 
 
-def image_sizes(case: Case) -> List[Tuple[int, int]]:
+def image_sizes(case: Case) -> list[tuple[int, int]]:
     """(height, width) of each image, padded; where they are not recorded, those of the padded batch."""
     if "in_pad_shapes" in case.arrays:
         return [tuple(size) for size in case.arrays["in_pad_shapes"].tolist()]
@@ -158,7 +158,7 @@ def image_sizes(case: Case) -> List[Tuple[int, int]]:
     return [(height * STRIDES[0], width * STRIDES[0])] * num_images
 
 
-def gt_instances(case: Case) -> List[Instances]:
+def gt_instances(case: Case) -> list[Instances]:
     """The recorded ground truth, an entry an image."""
     return [
         Instances(

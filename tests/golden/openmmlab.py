@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Dict, List, Optional, Type
+from typing import Any, Callable
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -13,13 +13,13 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from d2_distill import losses
+from d2_distill.apps.conversion.openmmlab import Tensors, dense_head
 from d2_distill.assigners import ATSSAssigner, MaxIoUAssigner, PointAssigner
-from d2_distill.detectors import ATSS, GFL, GFLv2, OneStageDetector, OpenMMLabFCOS, OpenMMLabRetinaNet
+from d2_distill.detectors import ATSS, GFL, GFLv2, OpenMMLabFCOS, OpenMMLabRetinaNet, TowerDetector
 from d2_distill.detectors.anchor_order import to_size_outer
 from d2_distill.detectors.box_coders import DeltaCoder, DistanceCoder, DistributionCoder
 from d2_distill.detectors.head import QualityHead, TowerHead
-from d2_distill.detectors.one_stage import square_anchors
-from d2_distill.conversion.openmmlab import Tensors, dense_head
+from d2_distill.detectors.tower_detector import square_anchors
 
 from .cases import Case
 
@@ -36,21 +36,21 @@ BOX_LOSSES = {
 class GivenMaps(Backbone):
     """Returns the recorded feature maps for whatever images; the recording did the same."""
 
-    def __init__(self, maps: List[torch.Tensor], strides: List[int]) -> None:
+    def __init__(self, maps: list[torch.Tensor], strides: list[int]) -> None:
         super().__init__()
         self.maps, self.strides = maps, strides
 
-    def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {f"p{level}": tensor for level, tensor in enumerate(self.maps)}
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return {
             f"p{level}": ShapeSpec(channels=tensor.shape[1], stride=stride)
             for level, (tensor, stride) in enumerate(zip(self.maps, self.strides))
         }
 
 
-def retinanet_anchors(shapes: List[ShapeSpec]) -> DefaultAnchorGenerator:
+def retinanet_anchors(shapes: list[ShapeSpec]) -> DefaultAnchorGenerator:
     strides = [shape.stride for shape in shapes]
     return DefaultAnchorGenerator(
         sizes=[[4 * stride * 2 ** (octave / NUM_SIZES) for octave in range(NUM_SIZES)] for stride in strides],
@@ -73,7 +73,7 @@ _GFL = {
 }
 # Detector -> what makes its anchors, its arguments, and its head's; as in the references' configs.
 # FCOS has no assigner: every case has its own ranges of sizes.
-_PUBLISHED: Dict[Type[OneStageDetector], tuple] = {
+_PUBLISHED: dict[type[TowerDetector], tuple] = {
     GFL: (_ATSS_ANCHORS, _GFL, {}),
     GFLv2: (_ATSS_ANCHORS, _GFL, {"quality_topk": 4, "quality_channels": 64}),
     ATSS: (
@@ -114,16 +114,16 @@ _PUBLISHED: Dict[Type[OneStageDetector], tuple] = {
 
 
 def build_detector(
-    model_class: Type[OneStageDetector],
-    maps: List[torch.Tensor],
-    strides: List[int],
+    model_class: type[TowerDetector],
+    maps: list[torch.Tensor],
+    strides: list[int],
     num_classes: int,
     *,
     num_convs: int = 0,
     norm: Callable[[int], nn.Module] = "",
-    head: Optional[Dict[str, Any]] = None,
+    head: dict[str, Any] | None = None,
     **overrides: Any,
-) -> OneStageDetector:
+) -> TowerDetector:
     """A detector over the given maps, in its published form.
 
     Args:
@@ -171,11 +171,11 @@ def build_recorded(case: Case, role: str, requires_grad: bool = False):
     """The student or teacher of a CrossKD case with its weights, and its feature maps."""
     data, config = case.data, case.data["head_config"]
     maps = maps_of(case, f"{role}_feat", requires_grad=requires_grad)
-    overrides: Dict[str, Any] = {
+    overrides: dict[str, Any] = {
         "box_loss": BOX_LOSSES[config["loss_bbox"]["type"]],
         "box_loss_weight": config["loss_bbox"]["loss_weight"],
     }
-    head: Dict[str, Any] = {}
+    head: dict[str, Any] = {}
     if data["detector"] == "gfl":
         overrides["normalizer_floor"] = 1.0
     if data["detector"] == "fcos":
@@ -203,7 +203,7 @@ def build_recorded(case: Case, role: str, requires_grad: bool = False):
 _LAYERS = {"cls": "cls_score", "reg": "bbox_pred", "centerness": "ctrness"}
 
 
-def parameter_name(model: OneStageDetector, recorded: str) -> str:
+def parameter_name(model: TowerDetector, recorded: str) -> str:
     """State-dict name of a recorded parameter: ``cls_convs.1.gn.bias`` is ``head.cls_subnet.4.bias``."""
     module, *rest = recorded.split(".")
     if module in ("cls_convs", "reg_convs"):
@@ -216,7 +216,7 @@ def parameter_name(model: OneStageDetector, recorded: str) -> str:
     return f"head.{_LAYERS[module.split('_')[1]]}.{rest[0]}"
 
 
-def load_head(model: OneStageDetector, recorded: Dict[str, torch.Tensor]) -> None:
+def load_head(model: TowerDetector, recorded: dict[str, torch.Tensor]) -> None:
     """Copy a recorded head into the model; every parameter of the head must be there."""
     tensors = Tensors({f"bbox_head.{key}": value.float() for key, value in recorded.items()}, "the recording")
     state, _ = dense_head(tensors)
@@ -225,20 +225,20 @@ def load_head(model: OneStageDetector, recorded: Dict[str, torch.Tensor]) -> Non
     assert not unexpected and not [name for name in missing if name.startswith("head.")]
 
 
-def in_our_order(model: OneStageDetector, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+def in_our_order(model: TowerDetector, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
     """Blocks of a cell's anchors, in the recorded order, in Detectron2's."""
     if model.anchor_generator.num_anchors[0] == 1:
         return tensor
     return to_size_outer(tensor, NUM_SIZES, NUM_RATIOS, dim=dim)
 
 
-def labels_in_our_order(model: OneStageDetector, labels: torch.Tensor) -> torch.Tensor:
+def labels_in_our_order(model: TowerDetector, labels: torch.Tensor) -> torch.Tensor:
     """Recorded labels (N, R_l) of a level in the order of our anchors."""
     cells = labels.unflatten(1, (-1, model.anchor_generator.num_anchors[0]))
     return in_our_order(model, cells, dim=2).flatten(1)
 
 
-def flat_outputs(model: OneStageDetector, **maps: List[torch.Tensor]) -> Dict[str, List[torch.Tensor]]:
+def flat_outputs(model: TowerDetector, **maps: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
     """Recorded prediction maps by output name, as ``model.losses`` takes them; gradients flow to the maps."""
     per_cell, flat = model.anchor_generator.num_anchors[0], {}
     for name, levels in maps.items():
@@ -254,7 +254,7 @@ def instances_of(size, boxes: torch.Tensor, classes: torch.Tensor) -> Instances:
     return instances
 
 
-def batched_inputs(case: Case) -> List[dict]:
+def batched_inputs(case: Case) -> list[dict]:
     """Images of the recorded sizes (their pixels do not matter) with the recorded ground truth."""
     return [
         {
@@ -267,7 +267,7 @@ def batched_inputs(case: Case) -> List[dict]:
     ]
 
 
-def maps_of(case: Case, key: str, requires_grad: bool = False) -> List[torch.Tensor]:
+def maps_of(case: Case, key: str, requires_grad: bool = False) -> list[torch.Tensor]:
     """Recorded maps ``in.<key>.<level>``."""
     return [
         case.tensor(f"in.{key}.{level}").requires_grad_(requires_grad)

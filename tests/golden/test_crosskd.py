@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Dict
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fvcore.nn import sigmoid_focal_loss
-
 from detectron2.utils.events import EventStorage
+from fvcore.nn import sigmoid_focal_loss
 
 from d2_distill import losses
 from d2_distill.detectors.box_coders import TwoSidedBox2BoxTransform
 from d2_distill.methods import PKD, CrossKD
 from d2_distill.methods.pairing import pair_features
-from d2_distill.schedules import build_schedule
+from d2_distill.methods.schedules import build_schedule
 from d2_distill.staged import Tap, stage_detector
 
 from . import openmmlab
@@ -179,9 +177,9 @@ RECORDED_OUTPUTS = {"cls": "logits", "reg": "deltas", "ctr": "centerness"}
 RECORDED_BOX_LOSSES = {"GIoULoss": "giou", "IoULoss": "iou", "KnowledgeDistillationKLDivLoss": "kl"}
 
 
-def assert_entries(case: Case, terms: Dict[str, torch.Tensor]) -> None:
+def assert_entries(case: Case, terms: dict[str, torch.Tensor]) -> None:
     """Each recorded loss, summed over its levels, which may be entries of their own, is our term."""
-    expected: Dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
     for key in case.data["loss_keys"]:
         entry = re.sub(r"_\d$", "", key)
         term = RECORDED_TERMS.get(entry, entry)

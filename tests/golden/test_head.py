@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
@@ -14,11 +13,11 @@ from d2_distill.detectors import OpenMMLabRetinaNet
 from d2_distill.detectors.box_coders import TwoSidedBox2BoxTransform
 from d2_distill.methods import FeatureImitation
 from d2_distill.methods.pairing import FeaturePair
-from d2_distill.schedules import build_schedule
+from d2_distill.methods.schedules import build_schedule
 
 from . import openmmlab
 from .cases import Case, case_names, load
-from .checks import head_assist, head_proposals, head_regions, head_teacher_free
+from .checks import head_assist, head_proposals, head_rois, head_teacher_free
 from .dispatch import assert_recorded, run_check
 
 SUITE = "head"
@@ -121,7 +120,7 @@ CHECKS = {
     "retina_loss": check_retina_loss,
     **head_assist.CHECKS,
     **head_proposals.CHECKS,
-    **head_regions.CHECKS,
+    **head_rois.CHECKS,
     **head_teacher_free.CHECKS,
 }
 

@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from d2_distill.losses import (
-    centerness_targets, distribution_focal_loss, kd_kl_div_loss, quality_focal_loss,
-)
+from d2_distill.losses import centerness_targets, distribution_focal_loss, kd_kl_div_loss, quality_focal_loss
 
 
 def _sigmoid(x: float) -> float:

@@ -14,7 +14,6 @@ from d2_distill.teacher import Teacher
 
 from ..small_detectors import build, detector_cfg, distiller_cfg
 
-
 # Other tests of the process may have imported a user's file.
 OURS = [name for name, method in DISTILL_METHOD_REGISTRY if method.__module__.startswith("d2_distill.")]
 

@@ -11,7 +11,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torchvision.ops import roi_align
 
-from d2_distill.detectors.regions import RegionOutputs, RegionStage
+from d2_distill.detectors.roi_heads import RoIOutputs, RoIStage
 from d2_distill.errors import UserError
 from d2_distill.methods import build_methods
 from d2_distill.staged import stage_detector
@@ -144,7 +144,7 @@ def test_no_proposal_at_all():
     pair = Pair()
     ours, theirs = pair.runs()
     empty = [Instances((64, 96), proposal_boxes=Boxes(torch.zeros(0, 4))) for _ in range(2)]
-    ours.regions = [RegionStage(empty, RegionOutputs([], torch.zeros(0, 4), torch.zeros(0, 12)))]
+    ours.rois = [RoIStage(empty, RoIOutputs([], torch.zeros(0, 4), torch.zeros(0, 12)))]
     for value in pair.method(ours, theirs).values():
         assert value == 0
 

@@ -1,4 +1,4 @@
-"""HEAD on regions: its terms, whom they teach, what it refuses, and that nothing of it stays in the student."""
+"""HEAD on RoIs: its terms, whom they teach, what it refuses, and that nothing of it stays in the student."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from d2_distill import distiller  # noqa: F401  registers the meta-architecture
+from d2_distill.detectors.building import plain_config
 from d2_distill.engine.trainer import build_checkpointer
 from d2_distill.errors import UserError
 from d2_distill.methods.assist_dense import SameLevels
-from d2_distill.methods.assist_regions import SharedRegions, TracedRegions
-from d2_distill.student import student_config
+from d2_distill.methods.assist_rois import SharedRoIs, TracedRoIs
 
 from ..small_detectors import batch, build, detector_cfg, distiller_cfg, image_input, save_teacher
 
@@ -77,7 +77,7 @@ def below(names, *prefixes):
 def test_every_term_and_whom_it_teaches(make, case, teacher_case):
     model = make(case, teacher_case)
     setting = head_of(model).setting
-    assert type(setting) is (SharedRegions if case == RCNN else TracedRegions)
+    assert type(setting) is (SharedRoIs if case == RCNN else TracedRoIs)
     before = model.teacher.fingerprint()
     losses, recorded = step(model, batch())
     assert TERMS < set(losses) and all(losses[term] > 0 and losses[term].isfinite() for term in TERMS)
@@ -110,7 +110,7 @@ def test_every_term_and_whom_it_teaches(make, case, teacher_case):
 
 
 def test_traced_terms_in_slow_form(make):
-    """RetinaNet: each region of the sample on its own, in double precision."""
+    """RetinaNet: each RoI of the sample on its own, in double precision."""
     model = make("RetinaNet", RCNN, DISTILL__HEAD__CKD_TAP=1)
     setting = head_of(model).setting
     calls = []
@@ -122,10 +122,10 @@ def test_traced_terms_in_slow_form(make):
     teacher = model.teacher.staged.run(student.images, frozen=True)
     heads, tower = model.teacher.model.roi_heads, model.student.head.cls_subnet
     akd, ckd, row = [[], []], [], 0
-    for image, regions in enumerate(sampled):
-        for box, (level, y, x, _) in zip(regions.proposal_boxes, regions.positions.tolist()):
-            boxes = [regions.proposal_boxes[:0] for _ in sampled]
-            boxes[image] = type(regions.proposal_boxes)(box[None])
+    for image, rois in enumerate(sampled):
+        for box, (level, y, x, _) in zip(rois.proposal_boxes, rois.positions.tolist()):
+            boxes = [rois.proposal_boxes[:0] for _ in sampled]
+            boxes[image] = type(rois.proposal_boxes)(box[None])
             pooled = heads.box_pooler([teacher.features[name] for name in heads.box_in_features], boxes)
             first = heads.box_head.fc1(pooled.flatten(1)).relu()
             targets = [first[0], heads.box_head.fc2(first).relu()[0]]
@@ -155,7 +155,7 @@ def test_shared_regions_are_the_students_own(make):
     adapted, target = assistance.ckd[0]
     boxes = [image.proposal_boxes for image in student.sampled_proposals]
     assert len(adapted) == len(target) == sum(map(len, boxes)) > 0
-    own = model.staged.regions.stage(0, student.features, boxes).vectors[-1]
+    own = model.staged.roi_heads.stage(0, student.features, boxes).vectors[-1]
     torch.testing.assert_close(adapted, own @ setting.cross.weight.T)
     first = model.teacher.model.roi_heads
     pooled = first.box_pooler([teacher.features[name] for name in first.box_in_features], boxes)
@@ -281,7 +281,7 @@ def calls_of(model, inputs):
 def test_nothing_of_it_stays_in_the_trained_student(make, case, teacher_case, tmp_path):
     """The checkpoint is the plain student's: same parameters, and at inference the same modules in the same order."""
     model = make(case, teacher_case)
-    plain = build_model(student_config(distiller_cfg(case, None))).eval()
+    plain = build_model(plain_config(distiller_cfg(case, None))).eval()
     before, untrained = calls_of(plain, batch())
     train(model, range(1, 3))
     build_checkpointer(model, str(tmp_path)).save("model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Dict
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor, temperature: float) -> 
     return temperature**2 * (p * (p.log() - q.log())).mean(dim=-1)
 
 
-def slow_terms(ours, theirs, joint: bool = False) -> Dict[str, torch.Tensor]:
+def slow_terms(ours, theirs, joint: bool = False) -> dict[str, torch.Tensor]:
     """All terms with T = 10 for boxes and 2 for classes, REFERENCE_IMAGES 0, anchor by anchor."""
     anchors, truth = Boxes.cat(ours.anchors), ours.truth
     foreground = ours.assignment.foreground
@@ -69,7 +68,7 @@ def slow_terms(ours, theirs, joint: bool = False) -> Dict[str, torch.Tensor]:
         region = valuable_region(anchors.tensor, truth.boxes, truth.valid, thresholds, ours.valid_anchors)
     level_of = [level for level, boxes in enumerate(ours.anchors) for _ in range(len(boxes))]
     terms = {name: torch.zeros((), dtype=torch.float64) for name in ("loss_ld", "loss_ld_vlr")}
-    by_level: Dict[str, Dict[int, list]] = {"loss_kd": {}, "loss_kd_vlr": {}}
+    by_level: dict[str, dict[int, list]] = {"loss_kd": {}, "loss_kd_vlr": {}}
     for image in range(len(foreground)):
         for anchor, level in enumerate(level_of):
             rows = [x["deltas"][image, anchor].view(1 if joint else 4, -1) for x in (outputs, targets)]

@@ -11,12 +11,12 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from d2_distill.detectors.building import build_detector
 from d2_distill.distiller import Distiller
 from d2_distill.engine.trainer import Trainer, build_checkpointer
 from d2_distill.errors import UserError
 from d2_distill.methods import MSAD
 from d2_distill.staged import stage_detector
-from d2_distill.student import build_student
 
 from ..low_resolution_pairs import INHERIT, of_student, of_teacher
 from ..small_detectors import (
@@ -261,7 +261,7 @@ def test_the_exported_student_needs_no_teacher(teachers, tmp_path):
         model.student.head.cls_score.bias += 0.5
     build_checkpointer(model, str(tmp_path)).save("model")
     gone = SavedTeacher(str(tmp_path / "gone.yaml"), str(tmp_path / "gone.pth"))
-    plain = build_student(student_cfg(gone))
+    plain = build_detector(student_cfg(gone))
     saved = torch.load(tmp_path / "model.pth", weights_only=True)
     assert list(saved) == ["model"] and not any("detector" in name or "fusion" in name for name in saved["model"])
     plain.load_state_dict(saved["model"], strict=True)

@@ -10,16 +10,16 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from d2_distill.assistants.dense import tower_ends
+from d2_distill.detectors.building import build_detector
 from d2_distill.distiller import Distiller
 from d2_distill.engine.hooks import LossNormalizers
 from d2_distill.engine.trainer import build_checkpointer
 from d2_distill.errors import UserError
-from d2_distill.student import build_student
 
 from ..small_detectors import ONE_STAGE, batch, build, detector_cfg, distiller_cfg, image_input, save_teacher
 
 # An R-CNN head small enough for tests.
-REGIONS = {
+ROI_KEYS = {
     "ROI_HEADS__NAME": "StandardROIHeads",
     "ROI_HEADS__BATCH_SIZE_PER_IMAGE": 16,
     "ROI_BOX_HEAD__NAME": "FastRCNNConvFCHead",
@@ -40,7 +40,7 @@ NO_BOXES = [image_input(64, 96), image_input(96, 64, seed=1)]
 def cfg_of(case: str = "RetinaNet", *, below=None, teacher=None, **options):
     """Config with options of TF_HEAD, and others below MODEL."""
     keys = {f"DISTILL__TF_HEAD__{key}": value for key, value in options.items()}
-    return distiller_cfg(case, teacher, ["TFHEAD"], **{**REGIONS, **(below or {}), **keys})
+    return distiller_cfg(case, teacher, ["TFHEAD"], **{**ROI_KEYS, **(below or {}), **keys})
 
 
 def distiller_of(case: str = "RetinaNet", **options) -> Distiller:
@@ -133,8 +133,8 @@ def slow_rcnn(step: Step, per_anchor: bool) -> torch.Tensor:
     (_, sampled, _), assistance = step.seen["rcnn"]
     targets = iter(assistance.stages[0].outputs.vectors[-1].detach().double())
     errors = []
-    for image, regions in enumerate(sampled):
-        for level, y, x, anchor in regions.positions.tolist():
+    for image, rois in enumerate(sampled):
+        for level, y, x, anchor in rois.positions.tolist():
             target = next(targets)
             if level < 0:
                 continue
@@ -148,8 +148,8 @@ def slow_rcnn(step: Step, per_anchor: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("per_anchor", [True, False])
 @pytest.mark.parametrize("case", STUDENTS)
-def test_terms_are_sums_over_cells_and_regions(case, per_anchor):
-    """Again, cell by cell and region by region in float64."""
+def test_terms_are_sums_over_cells_and_rois(case, per_anchor):
+    """Again, cell by cell and RoI by RoI in float64."""
     step = Step(distiller_of(case, DENSE_ASSISTANT=STUDENTS[case], PER_ANCHOR=per_anchor))
     anchors = step.student.staged.model.anchor_generator.num_anchors[0]
     rows = 24 * (anchors if per_anchor else 1)
@@ -202,7 +202,7 @@ def test_without_any_region_the_imitation_is_nothing():
     assert all(gradient is not None and gradient.isfinite().all() for gradient in found)
 
 
-def test_only_ground_truth_among_the_regions():
+def test_only_ground_truth_among_the_rois():
     step = Step(distiller_of(below={"PROPOSAL_GENERATOR__MIN_SIZE": 1000}))
     assert sum(map(len, step.seen["rcnn"][0][1])) == 3
     assert step.terms["loss_cross_rcnn"] == 0 and step.terms["loss_assist_rcnn"] > 0
@@ -210,7 +210,7 @@ def test_only_ground_truth_among_the_regions():
 
 def test_dense_assistant_of_fewer_levels():
     """The levels that it reads are compared, no others."""
-    below = {"GFL__IN_FEATURES": ["p4", "p5"], **REGIONS}
+    below = {"GFL__IN_FEATURES": ["p4", "p5"], **ROI_KEYS}
     step = Step(distiller_of(DENSE_ASSISTANT="GFL", below=below))
     ours, theirs = tower_ends(step.student, "cls"), tower_ends(step.seen["dense"][1], "cls")
     assert len(theirs) == 2
@@ -271,7 +271,7 @@ def test_parts_of_the_losses_are_recorded_apart_from_the_students():
 
 def test_the_student_is_trained_as_usual_beside_it():
     model = distiller_of()
-    plain = build(detector_cfg("RetinaNet", **REGIONS)).train()
+    plain = build(detector_cfg("RetinaNet", **ROI_KEYS)).train()
     with EventStorage(3):
         expected, losses = plain(batch()), model(batch())
     assert all(torch.equal(losses[name], value) for name, value in expected.items())
@@ -300,7 +300,7 @@ def test_checkpoint_is_the_students(tmp_path):
     model = distiller_of()
     build_checkpointer(model, str(tmp_path)).save("model")
     saved = torch.load(tmp_path / "model.pth", weights_only=True)
-    plain = build(detector_cfg("RetinaNet", **REGIONS))
+    plain = build(detector_cfg("RetinaNet", **ROI_KEYS))
     assert list(saved["model"]) == list(plain.state_dict())
     assert {name.split(".")[1] for name in saved["distill"]} == {"dense", "cross_dense", "rcnn", "cross_rcnn"}
 
@@ -310,11 +310,11 @@ def test_evaluation_builds_no_assistant():
     cfg = cfg_of(DENSE_ASSISTANT="Unknown", below={"ROI_HEADS__NAME": "Unknown"})
     with pytest.raises(UserError):
         build_model(cfg)
-    student = build_student(cfg).eval()
+    student = build_detector(cfg).eval()
     assert list(student.state_dict()) == list(build(detector_cfg("RetinaNet")).state_dict())
     model = distiller_of().eval()
     model.methods["TFHEAD"].register_forward_hook(lambda *_: pytest.fail("an assistant ran"))
-    plain = build(detector_cfg("RetinaNet", **REGIONS)).eval()
+    plain = build(detector_cfg("RetinaNet", **ROI_KEYS)).eval()
     for ours, theirs in zip(model(batch()), plain(batch())):
         assert torch.equal(ours["instances"].pred_boxes.tensor, theirs["instances"].pred_boxes.tensor)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2_distill.assigners import atss_thresholds
-from d2_distill.geometry import centers_of
+from d2_distill.boxes.geometry import centers_of
 from d2_distill.regions import VALUABLE_OVERLAPS, finegrained_region, inside_boxes, valuable_region
 
 from ..assigners.scenes import SCENES, boxes_of, build, slow_iou, usable_anchors

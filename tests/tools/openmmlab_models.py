@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Tuple
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-State = Dict[str, torch.Tensor]
-Maps = List[torch.Tensor]
+State = dict[str, torch.Tensor]
+Maps = list[torch.Tensor]
 
 NUM_CLASSES, CHANNELS, NUM_CONVS = 3, 32, 2
 # Detector -> names of its last convolutions, norm of its towers, anchors, box outputs of an anchor.
@@ -129,7 +128,7 @@ def _conv(state: State, name: str, out_channels: int, in_channels: int, size: in
         state[f"{name}.bias"] = torch.randn(out_channels) / 10
 
 
-def neck_state(in_channels: List[int], p6_channels: int = 0, channels: int = CHANNELS) -> State:
+def neck_state(in_channels: list[int], p6_channels: int = 0, channels: int = CHANNELS) -> State:
     """``p6_channels``: input of P6's convolution; 0 for none, as in a two-stage detector."""
     state: State = {}
     for index, of_level in enumerate(in_channels):
@@ -189,10 +188,10 @@ def head_state(detector: str) -> State:
     return state
 
 
-def head_outputs(state: State, detector: str, maps: Maps, centerness_on: str = "cls") -> Dict[str, Maps]:
+def head_outputs(state: State, detector: str, maps: Maps, centerness_on: str = "cls") -> dict[str, Maps]:
     """Raw class and box maps (and centerness, and GFLv2's quality) of each level, in OpenMMLab's order."""
     prefix, norm, _, _ = HEADS[detector]
-    outputs: Dict[str, Maps] = {}
+    outputs: dict[str, Maps] = {}
     for level, x in enumerate(maps):
         ends = {}
         for tower in ("cls", "reg"):
@@ -252,7 +251,7 @@ def two_stage_state(fc_dim: int = 16, pooled: int = 7, agnostic: bool = False) -
 
 def two_stage_outputs(
     state: State, maps: Maps, pooled: torch.Tensor
-) -> Tuple[Maps, Maps, torch.Tensor, torch.Tensor]:
+) -> tuple[Maps, Maps, torch.Tensor, torch.Tensor]:
     """Objectness and deltas a level; class scores and deltas of RoI features (N, C, H, W)."""
 
     def conv(name: str, x: torch.Tensor, **options) -> torch.Tensor:

@@ -11,9 +11,9 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from d2_distill.detectors.building import build_detector
 from d2_distill.evaluation.complexity import count_flops, count_parameters
 from d2_distill.staged import Tap
-from d2_distill.student import build_student
 
 from ..data.small_sets import WIDE, write_coco
 from ..small_detectors import NUM_CLASSES, batch, build, detector_cfg, distiller_cfg, save_teacher
@@ -233,7 +233,7 @@ def test_size(tmp_path, call):
     assert lines[0] == "Image of 100 x 120, padded to 128 x 128"
     rows = {name: (float(size), float(flops)) for name, size, flops in (line.split() for line in lines[3:])}
     assert list(rows) == ["OpenMMLabFCOS", "backbone", "backbone.pyramid.bottom_up", "head"]
-    model = build_student(cfg).eval()
+    model = build_detector(cfg).eval()
     for name, module in (("OpenMMLabFCOS", model), ("head", model.head)):
         assert rows[name][0] == pytest.approx(count_parameters(module) / 1e6, abs=1e-3)
     bottom_up = count_flops(model.backbone.bottom_up, torch.zeros(1, 3, 64, 64))
@@ -248,7 +248,7 @@ def test_size_of_what_a_step_adds(method, trained, teacher, tmp_path, call):
     lines = call("size", "--config-file", write(tmp_path / "a.yaml", cfg), "--image-size", 400, 500)
     first = next(number for number, line in enumerate(lines) if line.startswith("training step"))
     rows = {line[:-40].strip(): [float(x) for x in line.split()[-2:]] for line in lines[first + 2 :]}
-    student = build_student(cfg).eval()
+    student = build_detector(cfg).eval()
     image = {"image": torch.zeros(3, 400, 500)}
     backbone = count_flops(student.backbone, student.preprocess_image([image]).tensor)
     assert rows.pop("student") == pytest.approx(

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2_distill.comparison.groups import group_runs
-from d2_distill.comparison.report import Options, write
-from d2_distill.comparison.report import compare as compare_runs
-from d2_distill.comparison.runs import read_run
+from d2_distill.apps.comparison.groups import group_runs
+from d2_distill.apps.comparison.report import Options, compare_runs, write
+from d2_distill.apps.comparison.runs import read_run
 
-from ..comparison.small_runs import METRICS, write_data, write_run
+from ..apps.comparison.small_runs import METRICS, write_data, write_run
 from ..data.small_sets import write_voc
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))

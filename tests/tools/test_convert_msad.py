@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Dict
 
 import pytest
 import torch
@@ -13,10 +12,11 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import convert_msad  # noqa: E402
-from d2_distill.checkpoint import load_exactly  # noqa: E402
-from d2_distill.config import read_config  # noqa: E402
+
+from d2_distill.checkpoint.exact import load_exactly  # noqa: E402
+from d2_distill.config.reading import read_config  # noqa: E402
+from d2_distill.detectors.building import build_detector  # noqa: E402
 from d2_distill.errors import UserError  # noqa: E402
-from d2_distill.student import build_student  # noqa: E402
 
 from ..small_detectors import batch  # noqa: E402
 
@@ -37,7 +37,7 @@ CONFIGS = {
 }
 
 
-def _norms(prefix: str, channels: int) -> Dict[str, tuple]:
+def _norms(prefix: str, channels: int) -> dict[str, tuple]:
     """Batch norms of both widths; ``channels`` are the wider one's."""
     shapes = {}
     for index, width in enumerate(WIDTHS):
@@ -48,7 +48,7 @@ def _norms(prefix: str, channels: int) -> Dict[str, tuple]:
     return shapes
 
 
-def _resnet() -> Dict[str, tuple]:
+def _resnet() -> dict[str, tuple]:
     """Shapes of the slimmable ResNet-50."""
     stem = int(64 * WIDTHS[-1])
     shapes = {"features.0.0.weight": (stem, 3, 7, 7), **_norms("features.0.1", stem)}
@@ -68,7 +68,7 @@ def _resnet() -> Dict[str, tuple]:
     return shapes
 
 
-def _detector(letter: str) -> Dict[str, tuple]:
+def _detector(letter: str) -> dict[str, tuple]:
     shapes = {f"{letter}_backbone.bottom_up.{name}": shape for name, shape in _resnet().items()}
 
     def conv(name: str, out_channels: int, in_channels: int, kernel: int, bias: bool = True) -> None:
@@ -93,7 +93,7 @@ def _detector(letter: str) -> Dict[str, tuple]:
     return shapes
 
 
-def _published(role: str) -> Dict[str, torch.Tensor]:
+def _published(role: str) -> dict[str, torch.Tensor]:
     shapes = _detector("T")
     shapes.update({"SE.fc.0.weight": (4, 2 * CHANNELS), "SE.fc.2.weight": (2, 4)})
     if role == "student":
@@ -105,7 +105,7 @@ def _published(role: str) -> Dict[str, torch.Tensor]:
     }
 
 
-def _save(path: Path, state: Dict[str, torch.Tensor]) -> str:
+def _save(path: Path, state: dict[str, torch.Tensor]) -> str:
     """As Detectron2's checkpointer, with the counters of its schedulers."""
     torch.save({"model": state, "iteration": 9, "scheduler": {"milestones": Counter({60000: 1})}}, path)
     return str(path)
@@ -129,7 +129,7 @@ def test_every_tensor_finds_its_place(tmp_path, role, index):
                 state[name] = state[name].repeat_interleave(2, dim=1)
     output = _run(tmp_path, state, role, "MODEL.SLIMMABLE.WIDTH_MULT", str(width))
     found = torch.load(output, weights_only=True)["model"]
-    model = build_student(read_config(CONFIGS[role], [*OPTS, "MODEL.SLIMMABLE.WIDTH_MULT", str(width)], source="the test"))
+    model = build_detector(read_config(CONFIGS[role], [*OPTS, "MODEL.SLIMMABLE.WIDTH_MULT", str(width)], source="the test"))
     load_exactly(model, str(output), key="the test")
     letter, pyramid, inner = {
         "teacher": ("T", "detector.backbone", "detector."),

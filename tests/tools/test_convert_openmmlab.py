@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import pytest
@@ -19,12 +19,12 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from d2_distill import provider
+from d2_distill.apps.conversion.openmmlab import Checkpoint, Tensors, convert_openmmlab, pyramid, read_checkpoint
 from d2_distill.backbones import LinearP6P7
 from d2_distill.detectors.anchor_order import to_size_outer
+from d2_distill.detectors.building import build_detector
 from d2_distill.errors import UserError
 from d2_distill.losses import align_statistics
-from d2_distill.conversion.openmmlab import Checkpoint, Tensors, convert, pyramid, read_checkpoint
-from d2_distill.student import build_student
 
 from ..golden import cases
 from . import conversions
@@ -51,9 +51,9 @@ def recorded(suite: str, name: str) -> cases.Case:
 
 def converted_model(state: theirs.State, opts: Sequence[str] = (), style: str = "pytorch", text: str = ""):
     """The converted config and model, without a file between."""
-    conversion = convert(Checkpoint(state, text), style=style, opts=opts)
+    conversion = convert_openmmlab(Checkpoint(state, text), style=style, opts=opts)
     conversion.cfg.MODEL.DEVICE = "cpu"
-    model = build_student(conversion.cfg).eval()
+    model = build_detector(conversion.cfg).eval()
     missing, unexpected = model.load_state_dict(conversion.state_dict, strict=False)
     assert not missing and all(name.endswith("num_batches_tracked") for name in unexpected)
     return conversion.cfg, model
@@ -201,9 +201,9 @@ def test_every_depth_has_detectron2s_names(name, keys):
 
 def assert_fits(state: theirs.State, keys: dict) -> None:
     """The config has the keys below RESNETS, and its model the converted names and shapes."""
-    conversion = convert(Checkpoint(state), style="pytorch", opts=["MODEL.DEVICE", "meta"])
+    conversion = convert_openmmlab(Checkpoint(state), style="pytorch", opts=["MODEL.DEVICE", "meta"])
     with torch.device("meta"):
-        model = build_student(conversion.cfg)
+        model = build_detector(conversion.cfg)
     assert {key: conversion.cfg.MODEL.RESNETS[key] for key in keys} == keys
     ours, expected = (
         {key: value.shape for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
@@ -363,7 +363,7 @@ def test_config_in_the_checkpoint(
     torch.save({"state_dict": {"x": torch.zeros(1)}, "meta": {key: text}}, tmp_path / "x.pth")
     neck = theirs.neck_state(R18_CHANNELS[1:], p6_channels=theirs.CHANNELS)
     state = {**resnet18_state, **neck, **theirs.head_state("fcos")}
-    cfg = convert(Checkpoint(state, read_checkpoint(str(tmp_path / "x.pth")).config_text)).cfg
+    cfg = convert_openmmlab(Checkpoint(state, read_checkpoint(str(tmp_path / "x.pth")).config_text)).cfg
     assert cfg.MODEL.PIXEL_MEAN == [102.9801, 115.9465, 122.7717] and cfg.MODEL.PIXEL_STD == [1.0, 1.0, 1.0]
     assert cfg.INPUT.FORMAT == ("RGB" if "True" in colour else "BGR")
     assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 and cfg.MODEL.FPN.TOP_BLOCK_RELU
@@ -375,8 +375,8 @@ def test_what_contradicts_itself_is_asked_for(gfl_state):
     text = TEXT.format(style="pytorch", relu=False, options="", colour="to_rgb=False")
     text += "img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[1.0, 1.0, 1.0], to_rgb=True)"
     with pytest.raises(UserError, match="does not tell MODEL.PIXEL_MEAN, INPUT.FORMAT; append them"):
-        convert(Checkpoint(gfl_state, text))
-    cfg = convert(Checkpoint(gfl_state, text), style="pytorch", opts=["INPUT.FORMAT", "BGR"]).cfg
+        convert_openmmlab(Checkpoint(gfl_state, text))
+    cfg = convert_openmmlab(Checkpoint(gfl_state, text), style="pytorch", opts=["INPUT.FORMAT", "BGR"]).cfg
     assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375] and cfg.INPUT.FORMAT == "BGR"
 
 
@@ -416,11 +416,11 @@ def test_reads_tensors_and_runs_nothing(tmp_path, monkeypatch, zip_format):
 )
 def test_class_names(tmp_path, gfl_state, meta_of):
     """Those of MMDetection 2.x and 3.x, unless they are not those of the head."""
-    number = convert(Checkpoint(gfl_state), style="pytorch").cfg.MODEL.GFL.NUM_CLASSES
+    number = convert_openmmlab(Checkpoint(gfl_state), style="pytorch").cfg.MODEL.GFL.NUM_CLASSES
     names = [f"class {index}" for index in range(number)]
     for held, expected in ((names, tuple(names)), (names[1:], ()), (names[1:] + names[1:2], ())):
         torch.save({"state_dict": gfl_state, "meta": meta_of(held)}, tmp_path / "x.pth")
-        conversion = convert(read_checkpoint(str(tmp_path / "x.pth")), style="pytorch")
+        conversion = convert_openmmlab(read_checkpoint(str(tmp_path / "x.pth")), style="pytorch")
         assert conversion.cfg.DATASETS.CLASSES == expected
         assert ("DATASETS" in yaml.safe_load(conversion.yaml())) == bool(expected)
 

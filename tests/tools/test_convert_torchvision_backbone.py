@@ -17,8 +17,9 @@ from detectron2.modeling import build_backbone
 from torch import nn
 
 from d2_distill.backbones import FixedBatchNorm2d
-from d2_distill.config import get_distill_cfg, read_config
-from d2_distill.student import build_student
+from d2_distill.config.keys import get_distill_cfg
+from d2_distill.config.reading import read_config
+from d2_distill.detectors.building import build_detector
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -131,7 +132,7 @@ def test_weights_of_tensorflow_with_their_config(tmp_path, monkeypatch):
     opts = ["MODEL.WEIGHTS", str(tmp_path / "weights.pkl"), "MODEL.DEVICE", "cpu"]
     cfg = read_config(str(ROOT / "configs" / "bccd" / "mnv2_student.yaml"), opts, source="The config")
     assert cfg.INPUT.FORMAT == "RGB"
-    student = build_student(cfg).eval()
+    student = build_detector(cfg).eval()
     DetectionCheckpointer(student).load(cfg.MODEL.WEIGHTS)
 
     for block in theirs.features.modules():

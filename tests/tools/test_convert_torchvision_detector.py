@@ -15,11 +15,11 @@ from torch import nn
 from torchvision.models import detection
 from torchvision.models.detection._utils import overwrite_eps
 
+from d2_distill.apps.conversion.torchvision import convert_torchvision, kept_classes, read_state_dict
 from d2_distill.detectors.anchor_order import to_size_outer
+from d2_distill.detectors.building import build_detector
 from d2_distill.errors import UserError
 from d2_distill.staged import stage_detector
-from d2_distill.student import build_student
-from d2_distill.conversion.torchvision import convert, kept_classes, read_state_dict
 
 from . import conversions
 from .torchvision_pairs import PROPOSALS, Pair, assert_same_detections, build, small
@@ -169,7 +169,7 @@ def test_published_faster_rcnn(published, tmp_path, capsys):
 def test_eps_is_asked_for(tmp_path):
     model = small("retinanet", num_outputs=4)
     with pytest.raises(UserError, match="does not tell the eps of its frozen .* --frozen-bn-eps 0 if .* 1e-05"):
-        convert(model.state_dict())
+        convert_torchvision(model.state_dict())
     for eps in (0.0, 1e-5):
         for module in model.modules():
             if hasattr(module, "running_var"):
@@ -203,8 +203,8 @@ def test_other_resnets(backbone, keys):
     with torch.device("meta"):
         body = detection.backbone_utils.resnet_fpn_backbone(backbone_name=backbone, weights=None)
         state = detection.FasterRCNN(body, 4).state_dict()
-        conversion = convert(state, frozen_bn_eps=1e-5, opts=["MODEL.DEVICE", "meta"])
-        model = build_student(conversion.cfg)
+        conversion = convert_torchvision(state, frozen_bn_eps=1e-5, opts=["MODEL.DEVICE", "meta"])
+        model = build_detector(conversion.cfg)
     assert {key: conversion.cfg.MODEL.RESNETS[key] for key in keys} == keys
     both = (conversion.state_dict, model.state_dict())
     ours, expected = ({name: value.shape for name, value in tensors.items()} for tensors in both)
@@ -290,7 +290,7 @@ def test_reads_state_dicts_of_trainers(tmp_path):
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["convert", str(tmp_path / "absent.pth"), str(tmp_path / "out.pth")])
+    monkeypatch.setattr(sys, "argv", ["convert_torchvision", str(tmp_path / "absent.pth"), str(tmp_path / "out.pth")])
     with pytest.raises(SystemExit, match=r"^error: The checkpoint: there is no file \S*absent.pth; [^\n]*$"):
         tool.main()
     assert "--frozen-bn-eps 0" in tool.parser().format_help()

@@ -12,15 +12,15 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from d2_distill.checkpoint import load_exactly
+from d2_distill.apps.export import verification
+from d2_distill.apps.export.checkpoint import to_half
+from d2_distill.apps.export.runtime import ExportedDetector, load_exported
+from d2_distill.checkpoint.exact import load_exactly
 from d2_distill.data.registration import register_datasets
-from d2_distill.engine.evaluate import load_student
+from d2_distill.engine.evaluate import load_detector
 from d2_distill.engine.setup import load_config
 from d2_distill.engine.trainer import Trainer, build_checkpointer
 from d2_distill.evaluation.complexity import count_flops, count_parameters
-from d2_distill.export import verification
-from d2_distill.export.checkpoint import to_half
-from d2_distill.export.runtime import ExportedDetector, load_exported
 
 from ..data.small_sets import CLASSES, write_coco
 from ..small_detectors import batch, build, detector_cfg, distiller_cfg, save_teacher
@@ -228,7 +228,7 @@ def test_torchscript_from_data_and_its_evaluation(trained, tmp_path, monkeypatch
 
     cfg = load_config(str(tmp_path / "config.yaml"), list(map(str, values)))
     register_datasets(cfg)
-    model, detector = load_student(cfg).eval(), ExportedDetector(load_exported(target))
+    model, detector = load_detector(cfg).eval(), ExportedDetector(load_exported(target))
     for inputs in Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]):
         with torch.no_grad():
             expected, found = (each(inputs)[0]["instances"] for each in (model, detector))

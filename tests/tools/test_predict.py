@@ -11,12 +11,12 @@ import pytest
 from detectron2.checkpoint import DetectionCheckpointer
 from PIL import Image
 
+from d2_distill.apps.inference.predictor import Predictor
+from d2_distill.apps.inference.video import VideoFile, VideoSource, Window
+from d2_distill.apps.pictures import draw_detections
+from d2_distill.apps.pictures.detections import GAP, TITLE_HEIGHT
 from d2_distill.engine.setup import load_config
-from d2_distill.predictor import Predictor
 from d2_distill.teacher import teacher_config
-from d2_distill.video import VideoFile, VideoSource, Window
-from d2_distill.visualization import draw_detections
-from d2_distill.visualization.detections import GAP, TITLE_HEIGHT
 
 from ..data.small_sets import write_coco, write_image
 from ..small_detectors import SavedTeacher, build, detector_cfg, distiller_cfg

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 import torchvision
@@ -15,10 +15,10 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from d2_distill.student import build_student
-from d2_distill.conversion.torchvision import convert
+from d2_distill.apps.conversion.torchvision import convert_torchvision
+from d2_distill.detectors.building import build_detector
 
-State = Dict[str, torch.Tensor]
+State = dict[str, torch.Tensor]
 
 # Shorter sides are not scaled; P6 and P7 of (64, 100), padded to (96, 128) in a batch with the other, have cells that
 # are no stride apart.
@@ -96,22 +96,22 @@ class Pair:
     @classmethod
     def of(cls, theirs: nn.Module, state: State, **options: Any) -> "Pair":
         """Convert ``state`` and fill a model with it exactly."""
-        conversion = convert(state, **options)
+        conversion = convert_torchvision(state, **options)
         conversion.cfg.MODEL.DEVICE = "cpu"
-        ours = build_student(conversion.cfg).eval()
+        ours = build_detector(conversion.cfg).eval()
         missing, unexpected = ours.load_state_dict(conversion.state_dict, strict=False)
         assert not missing and all(name.endswith("num_batches_tracked") for name in unexpected)
         return cls(theirs, ours, conversion.cfg)
 
     @cached_property
-    def images(self) -> List[torch.Tensor]:
+    def images(self) -> list[torch.Tensor]:
         """uint8, of SIZES."""
         generator = torch.Generator().manual_seed(2)
         return [torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8) for size in SIZES]
 
     @cached_property
     @torch.no_grad()
-    def features(self) -> Dict[str, torch.Tensor]:
+    def features(self) -> dict[str, torch.Tensor]:
         """Our maps by name."""
         return self.ours.backbone(self.our_images().tensor)
 

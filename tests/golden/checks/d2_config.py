@@ -6,8 +6,9 @@ import logging
 
 import pytest
 import yaml
-from d2_distill import provider
 from detectron2.config import get_cfg
+
+from d2_distill import provider
 
 from ..cases import suite_root
 

@@ -21,9 +21,9 @@ from fvcore.common.checkpoint import PeriodicCheckpointer
 from PIL import Image
 from torch import nn
 
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
+from d2_distill.detectors.building import build_detector
 from d2_distill.engine import Trainer
-from d2_distill.student import build_student
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 from convert_torchvision_backbone import convert  # noqa: E402
@@ -224,7 +224,7 @@ _OWN_SCALARS = {"train_seconds"}
 
 def _check_run(data, cfg, output):
     default_setup(cfg, None)
-    trainer = Trainer(cfg, build_student(cfg))
+    trainer = Trainer(cfg, build_detector(cfg))
     trainer.resume_or_load(resume=False)
     hooks = [type(hook).__name__ for hook in trainer._hooks]
     assert [name for name in hooks if name not in _OWN_HOOKS] == data["hooks_in_order"]
@@ -252,7 +252,7 @@ def _check_run(data, cfg, output):
     state["hooks"]["LRScheduler"]["base_lrs"] = "list"  # recorded so
     assert state == data["checkpoint_trainer"]
 
-    resumed = Trainer(cfg, build_student(cfg))
+    resumed = Trainer(cfg, build_detector(cfg))
     resumed.resume_or_load(resume=True)
     assert resumed.start_iter == data["after_resume_start_iter"]
     assert resumed.scheduler.state_dict() == data["checkpoint_scheduler"]

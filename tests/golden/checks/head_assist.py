@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import get_cfg
@@ -13,14 +13,14 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from d2_distill.assistants.region import RegionAssistant
+from d2_distill.assistants.proposals import DenseProposer, has_position
+from d2_distill.assistants.roi import RoIAssistant
+from d2_distill.assistants.tracing import TracedAdapter
 from d2_distill.detectors import OpenMMLabRetinaNet
 from d2_distill.methods import HEAD
-from d2_distill.methods.assist_regions import TracedRegions
+from d2_distill.methods.assist_rois import TracedRoIs
 from d2_distill.methods.assistance import Assistance, mimicry_loss
-from d2_distill.methods.tracing import TracedAdapter
-from d2_distill.proposals import DenseProposer, has_position
-from d2_distill.schedules import build_schedule
+from d2_distill.methods.schedules import build_schedule
 from d2_distill.staged import Tap, stage_detector
 
 from .. import openmmlab
@@ -73,14 +73,14 @@ class FullHead:
         proposals = data["proposal_cfg"]
         staged = stage_detector(self.student)
         shapes = list(staged.feature_shapes().items())[: len(data["student_roi_strides"])]
-        self.setting = TracedRegions(
+        self.setting = TracedRoIs(
             proposer=DenseProposer(
                 pre_nms_topk=proposals["nms_pre"],
                 post_nms_topk=proposals["max_per_img"],
                 nms_thresh=proposals["nms_iou"],
                 min_box_size=proposals["min_bbox_size"],
             ),
-            assistant=RegionAssistant.build(self._cfg(dict(shapes)), dict(shapes), self.num_classes),
+            assistant=RoIAssistant.build(self._cfg(dict(shapes)), dict(shapes), self.num_classes),
             teacher_dims=[self._fc_dim] * NUM_FC,
             cross=TracedAdapter(staged, Tap(4), self._fc_dim, per_anchor=False),
         )
@@ -101,7 +101,7 @@ class FullHead:
     def _fc_dim(self) -> int:
         return len(self.case.tensor("w_teacher.bbox_head.shared_fcs.0.bias"))
 
-    def _cfg(self, shapes: Dict[str, ShapeSpec]):
+    def _cfg(self, shapes: dict[str, ShapeSpec]):
         cfg = get_cfg()
         heads, box_head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
         heads.NAME, heads.NUM_CLASSES, heads.IN_FEATURES = "StandardROIHeads", self.num_classes, list(shapes)
@@ -131,7 +131,7 @@ class FullHead:
         })
 
     def in_recorded_order(self, sampled: Sequence[Instances]) -> torch.Tensor:
-        """Row of ours for each recorded region: ours are drawn in random order."""
+        """Row of ours for each recorded RoI: ours are drawn in random order."""
         ours = [
             (image, *row)
             for image, instances in enumerate(sampled)
@@ -149,9 +149,9 @@ def _our_anchors(full: FullHead, anchors: torch.Tensor) -> torch.Tensor:
     return order[anchors.clamp(max=8)]
 
 
-def _recording(module: nn.Module) -> List[tuple]:
+def _recording(module: nn.Module) -> list[tuple]:
     """Fills with the arguments and the result of each call of the module."""
-    calls: List[tuple] = []
+    calls: list[tuple] = []
     module.register_forward_hook(lambda _, arguments, result: calls.append((arguments, result)))
     return calls
 
@@ -165,8 +165,8 @@ def check_full_head(case: Case) -> None:
         settings, assistants = _recording(full.setting), _recording(full.setting.assistant)
         terms = full.method(run, full.teacher_run)
         terms = {term: full.method.weight_at(term, iteration) * value for term, value in terms.items()}
-    (_, assistance), ((_, sampled, _), regions) = settings[0], assistants[0]
-    _check_intermediates(full, sampled, regions.stages[0].outputs.vectors, assistance)
+    (_, assistance), ((_, sampled, _), rois) = settings[0], assistants[0]
+    _check_intermediates(full, sampled, rois.stages[0].outputs.vectors, assistance)
 
     losses = assistance.losses
     assert_recorded_sum(case, "loss.loss_cls_rpn", student["loss_cls"])
@@ -207,7 +207,7 @@ def _check_proposals(full: FullHead) -> None:
 
 
 def _check_intermediates(
-    full: FullHead, sampled: List[Instances], vectors: List[torch.Tensor], assistance: Assistance
+    full: FullHead, sampled: list[Instances], vectors: list[torch.Tensor], assistance: Assistance
 ) -> None:
     case, order = full.case, full.in_recorded_order(sampled)
     boxes = torch.cat([image.proposal_boxes.tensor for image in sampled])
@@ -218,7 +218,7 @@ def _check_intermediates(
         assert_recorded(case, f"t_teacher_{name}", target[order])
     for rows, name in zip(vectors, ("rcnn_bbox_aux", "rcnn_bbox")):
         assert_recorded(case, f"t_{name}", rows[order])
-    # The rows of CKD are those of the regions with a position.
+    # The rows of CKD are those of the RoIs with a position.
     kept = has_position([image.positions for image in sampled])
     order = (kept.cumsum(dim=0) - 1)[order[kept[order]]]
     (adapted, target), = assistance.ckd

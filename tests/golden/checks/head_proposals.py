@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Callable
 
 import torch
 from detectron2.config import get_cfg
@@ -11,13 +12,13 @@ from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 
+from d2_distill.apps.conversion.openmmlab import Tensors, pyramid
+from d2_distill.assistants.proposals import DenseProposer, gather_positions, has_position, with_ground_truth
 from d2_distill.backbones.pyramid import build_pyramid
-from d2_distill.config import get_distill_cfg
-from d2_distill.detectors import OneStageDetector, OpenMMLabFCOS, OpenMMLabRetinaNet
+from d2_distill.config.keys import get_distill_cfg
+from d2_distill.detectors import OpenMMLabFCOS, OpenMMLabRetinaNet, TowerDetector
 from d2_distill.detectors.anchor_order import to_size_outer
 from d2_distill.detectors.box_coders import DistanceCoder
-from d2_distill.conversion.openmmlab import Tensors, pyramid
-from d2_distill.proposals import DenseProposer, gather_positions, has_position, with_ground_truth
 from d2_distill.staged import stage_detector
 
 from .. import openmmlab
@@ -30,13 +31,13 @@ RECORDED_ANCHORS = to_size_outer(torch.arange(9), openmmlab.NUM_SIZES, openmmlab
 
 
 def propose(
-    model: OneStageDetector,
+    model: TowerDetector,
     proposer: DenseProposer,
     image_sizes: Sequence[Sequence[int]],
     *,
-    logits: List[torch.Tensor],
-    deltas: List[torch.Tensor],
-) -> List[Instances]:
+    logits: list[torch.Tensor],
+    deltas: list[torch.Tensor],
+) -> list[Instances]:
     """Proposals of a detector whose prediction maps, in our order of anchors, are given."""
     images = ImageList(logits[0].new_zeros(len(image_sizes), 3, 1, 1), [tuple(size) for size in image_sizes])
     run = stage_detector(model).run(images)
@@ -93,9 +94,9 @@ def check_fcos_proposals(case: Case) -> None:
 
 def _assert_proposals(
     case: Case,
-    model: OneStageDetector,
-    logits: List[torch.Tensor],
-    deltas: List[torch.Tensor],
+    model: TowerDetector,
+    logits: list[torch.Tensor],
+    deltas: list[torch.Tensor],
     recorded_positions: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     options = case.data["proposal_cfg"]
@@ -177,10 +178,10 @@ def check_gather(case: Case) -> None:
 class _Stages(openmmlab.GivenMaps):
     """Recorded maps as the stages res2 to res5."""
 
-    def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {f"res{stage}": maps for stage, maps in enumerate(self.maps, start=2)}
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return {
             f"res{stage}": ShapeSpec(channels=maps.shape[1], stride=stride)
             for stage, (maps, stride) in enumerate(zip(self.maps, self.strides), start=2)

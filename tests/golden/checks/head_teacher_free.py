@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import List
 
 import torch
 from detectron2.structures import Instances
 from torch import nn
 
+from d2_distill.assistants.tracing import TracedAdapter
 from d2_distill.methods import TFHEAD
-from d2_distill.methods.tracing import TracedAdapter
-from d2_distill.schedules import build_schedule
+from d2_distill.methods.schedules import build_schedule
 from d2_distill.staged import Tap
 
 from ..cases import Case
@@ -41,8 +40,8 @@ def _method(case: Case) -> TFHEAD:
     return method
 
 
-def _regions(case: Case) -> List[Instances]:
-    """The recorded regions, one entry an image."""
+def _rois(case: Case) -> list[Instances]:
+    """The recorded RoIs, one entry an image."""
     images, positions = case.tensor("roi_ids").long().split([1, 4], dim=1)
     assert torch.equal(images, images.sort(dim=0).values)
     return [Instances((128, 160), positions=positions[images[:, 0] == image]) for image in (0, 1)]
@@ -55,11 +54,11 @@ def check_tf_head(case: Case) -> None:
     )
     vectors = case.tensor("rcnn_feature").requires_grad_()
     method, student = _method(case), SimpleNamespace(taps={"cls": {TAP: ours}})
-    regions = _regions(case)
-    assert_recorded(case, "decoupled", method.cross_rcnn(student, regions, vectors)[0])
+    rois = _rois(case)
+    assert_recorded(case, "decoupled", method.cross_rcnn(student, rois, vectors)[0])
     terms = {
         "loss_cross_dense": method.imitate_dense(ours, theirs),
-        "loss_cross_rcnn": method.imitate_rcnn(student, regions, vectors),
+        "loss_cross_rcnn": method.imitate_rcnn(student, rois, vectors),
     }
 
     recorded = {

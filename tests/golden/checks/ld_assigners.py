@@ -6,9 +6,9 @@ import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 
 from d2_distill.assigners import GroundTruth, match_atss
+from d2_distill.boxes.geometry import centers_of
+from d2_distill.boxes.overlaps import pairwise_overlaps
 from d2_distill.detectors.box_coders import DistributionCoder
-from d2_distill.geometry import centers_of
-from d2_distill.overlaps import pairwise_overlaps
 from d2_distill.regions import finegrained_region, general_instance_rows, inside_boxes, valuable_region
 
 from ..cases import Case

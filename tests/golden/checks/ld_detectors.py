@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import List
 
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -12,9 +11,9 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from d2_distill.assigners import valid_locations
-from d2_distill.detectors import GFL, GFLv2, OneStageDetector
+from d2_distill.boxes.geometry import boxes_from_distances, distances_to_sides
+from d2_distill.detectors import GFL, GFLv2, TowerDetector
 from d2_distill.detectors.box_coders import DistributionCoder
-from d2_distill.geometry import boxes_from_distances, distances_to_sides
 from d2_distill.postprocess.selection import select_nms
 
 from ..cases import Case
@@ -24,7 +23,7 @@ from ..openmmlab import BOX_LOSSES, build_detector, flat_outputs, instances_of, 
 STRIDES = (8, 16, 32, 64, 128)
 
 
-def maps_of(case: Case, key: str, requires_grad: bool = False) -> List[torch.Tensor]:
+def maps_of(case: Case, key: str, requires_grad: bool = False) -> list[torch.Tensor]:
     """Recorded maps ``<key><level>``, in float32."""
     names = [f"{key}{level}" for level in range(len(STRIDES)) if f"{key}{level}" in case.arrays]
     return [case.tensor(name).float().requires_grad_(requires_grad) for name in names]
@@ -87,7 +86,7 @@ def check_distance_coder(case: Case) -> None:
     assert_recorded(case, "out_decoded_clip", clipped.tensor)
 
 
-def build_gfl(case: Case, maps: List[torch.Tensor], **overrides) -> OneStageDetector:
+def build_gfl(case: Case, maps: list[torch.Tensor], **overrides) -> TowerDetector:
     return build_detector(GFL, maps, list(STRIDES), case.data["params"]["num_classes"], **overrides)
 
 

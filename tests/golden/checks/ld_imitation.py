@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Dict
-
 import torch
 
-
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
 from d2_distill.methods import build_methods
 from d2_distill.methods.imitation_regions import REGIONS
 from d2_distill.teacher import Teacher
@@ -20,7 +17,7 @@ from ..ld_runs import RecordedRuns
 _REGIONS = {"finegrained": "finegrained", "fitnet": "inside_gt", "gibox": "gibox"}
 
 
-def imitation_terms(case: Case, runs: RecordedRuns) -> Dict[str, torch.Tensor]:
+def imitation_terms(case: Case, runs: RecordedRuns) -> dict[str, torch.Tensor]:
     """The weighted term; nothing if the case has none."""
     params = case.data["params"]
     if not params.get("im_weight"):

@@ -9,11 +9,16 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
+from d2_distill.boxes.overlaps import pairwise_overlaps
 from d2_distill.losses import (
-    ciou_loss, diou_loss, distribution_focal_loss, giou_loss, kd_kl_div_loss, quality_focal_loss,
+    ciou_loss,
+    diou_loss,
+    distribution_focal_loss,
+    giou_loss,
+    kd_kl_div_loss,
+    quality_focal_loss,
     weighted_mean,
 )
-from d2_distill.overlaps import pairwise_overlaps
 
 from ..cases import Case
 from ..dispatch import assert_recorded

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from detectron2.utils.events import EventStorage
 
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
 from d2_distill.methods import LD
 
 from ..cases import Case
@@ -17,7 +17,7 @@ from .ld_imitation import assert_region, imitation_terms
 
 # Kind of case -> keys below MODEL.DISTILL.LD, from specifications of the published code; ours are written so that
 # a term's weight is that of the sum over anchors of the mean over the sides.
-_OPTIONS: Dict[str, Dict[str, Any]] = {
+_OPTIONS: dict[str, dict[str, Any]] = {
     "ld_loss": {"VLR_KD.WEIGHT": 10.0},
     "ldv2_loss": {},
     "ldatss_loss": {"VLR_LD.WEIGHT": 0.15 * 0.25},
@@ -45,7 +45,7 @@ _NAMES = {
 }
 
 
-def ld_terms(case: Case, runs: RecordedRuns) -> Dict[str, torch.Tensor]:
+def ld_terms(case: Case, runs: RecordedRuns) -> dict[str, torch.Tensor]:
     """Weighted terms, with the options of the published code."""
     kind = next(kind for kind in _OPTIONS if case.name.startswith(kind))
     cfg = get_distill_cfg()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Dict
 
 import torch
 from torch import nn
 
+from d2_distill.apps.conversion.msad import convert_msad
+from d2_distill.detectors.building import build_detector
 from d2_distill.engine.setup import load_config
-from d2_distill.conversion.msad import convert
-from d2_distill.student import build_student
 
 from ...small_detectors import CONFIGS
 from ..cases import Case
@@ -18,10 +17,10 @@ from ..cases import Case
 
 def build(name: str) -> nn.Module:
     folder = CONFIGS / "msad" / "reference"
-    return build_student(load_config(str(folder / f"{name}.yaml"), ["MODEL.DEVICE", "cpu"]))
+    return build_detector(load_config(str(folder / f"{name}.yaml"), ["MODEL.DEVICE", "cpu"]))
 
 
-def shapes(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Size]:
+def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}
 
 
@@ -31,7 +30,7 @@ def check_inventory(case: Case) -> None:
     state = {name: torch.empty(shape, device="meta") for name, shape in recorded["state_dict"].items()}
 
     teacher = build("fcos_SLR25_FPN_1x_ms_teacher")
-    conversion = convert(state, teacher, "the recording")
+    conversion = convert_msad(state, teacher, "the recording")
     assert shapes(conversion.state_dict) == shapes(teacher.state_dict())
     others = [name for name in state if re.search(r"\.bn\.[1-3]\.", name)]
     assert sorted(conversion.dropped) == sorted(others)
@@ -41,7 +40,7 @@ def check_inventory(case: Case) -> None:
     student = build("fcos_SLR25_FPN_1x_ms_student")
     copies = {f"S{name[1:]}": value for name, value in state.items() if name.startswith("T_")}
     assert of_student["state_dict_prefixes"] == sorted({name.split(".")[0] for name in (*state, *copies)})
-    conversion = convert({**state, **copies}, student, "the recording")
+    conversion = convert_msad({**state, **copies}, student, "the recording")
     assert shapes(conversion.state_dict) == shapes(student.state_dict())
     dropped = [f"S{name[1:]}" for name in others]
     dropped += [f"S_backbone.top_block.p7.{leaf}" for leaf in ("weight", "bias")]
@@ -53,7 +52,7 @@ def check_inventory(case: Case) -> None:
     assert sum(p.numel() for p in plain.parameters()) == models["TFCOS_R50"]["total_params"]
 
 
-def assert_trainable(model: nn.Module, recorded: Dict) -> None:
+def assert_trainable(model: nn.Module, recorded: dict) -> None:
     """As many parameters as have a gradient there; none that has not."""
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert len(list(model.parameters())) == recorded["num_trainable"] - recorded["num_without_grad"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Dict, List
-
 import torch
 from detectron2.structures import ImageList
 
+from d2_distill.apps.conversion.msad import head_names
 from d2_distill.detectors import OpenMMLabFCOS
 from d2_distill.detectors.box_coders import DistanceCoder
-from d2_distill.conversion.msad import head_names
 
 from ..cases import Case
 from ..dispatch import assert_close, assert_recorded
@@ -18,7 +16,7 @@ from ..openmmlab import build_detector
 NUM_LEVELS = 5
 
 
-def msad_fcos(maps: List[torch.Tensor], strides: List[int], num_classes: int, **options) -> OpenMMLabFCOS:
+def msad_fcos(maps: list[torch.Tensor], strides: list[int], num_classes: int, **options) -> OpenMMLabFCOS:
     """The published form of the detector over the given maps."""
     head = {"centerness_on": "box", "tower_bias": True, "predictor_bias": False, **options.pop("head", {})}
     return build_detector(
@@ -34,11 +32,11 @@ def msad_fcos(maps: List[torch.Tensor], strides: List[int], num_classes: int, **
     )
 
 
-def maps_of(case: Case, name: str) -> List[torch.Tensor]:
+def maps_of(case: Case, name: str) -> list[torch.Tensor]:
     return [case.tensor(f"{name}_{level}") for level in range(NUM_LEVELS)]
 
 
-def unshared(state: Dict[str, torch.Tensor], num_shared: int) -> Dict[str, torch.Tensor]:
+def unshared(state: dict[str, torch.Tensor], num_shared: int) -> dict[str, torch.Tensor]:
     """The blocks that both towers share, in front of each of them."""
     result = {}
     for name, value in state.items():
@@ -101,7 +99,7 @@ def check_detect(case: Case) -> None:
         assert_same_rows(case, index, ours, recorded)
 
 
-def assert_same_rows(case: Case, image: int, actual: Dict, expected: Dict) -> None:
+def assert_same_rows(case: Case, image: int, actual: dict, expected: dict) -> None:
     """Detections of one image, as sets: rows of equal score have no order, nor have those without NMS."""
     ordered = []
     for rows in (actual, expected):

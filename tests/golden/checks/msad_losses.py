@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from typing import Dict, Iterator
+from collections.abc import Iterator
 
 import torch
 from detectron2.structures import Boxes
@@ -13,10 +13,10 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from d2_distill.assigners import Assignment, PointAssigner
+from d2_distill.boxes.geometry import boxes_from_distances, centers_of
 from d2_distill.detectors import OpenMMLabFCOS
 from d2_distill.detectors.box_coders import DistanceCoder
-from d2_distill.detectors.one_stage import build_box_loss
-from d2_distill.geometry import boxes_from_distances, centers_of
+from d2_distill.detectors.tower_detector import build_box_loss
 from d2_distill.losses import centerness_targets, mean_over_processes
 
 from ..cases import Case
@@ -63,7 +63,7 @@ def check_losses(case: Case) -> None:
 
 
 @contextlib.contextmanager
-def _other_processes(params: Dict) -> Iterator[None]:
+def _other_processes(params: dict) -> Iterator[None]:
     """A second process with the recorded number of positives and sum of centerness, if there was one."""
     if params["world_size"] == 1:
         yield
@@ -81,7 +81,7 @@ def _other_processes(params: Dict) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _second_process(index: int, address: str, params: Dict) -> None:
+def _second_process(index: int, address: str, params: dict) -> None:
     dist.init_process_group("gloo", init_method=address, rank=1, world_size=2)
     mean_over_processes(torch.tensor(params["num_pos_other_ranks"]))
     mean_over_processes(torch.tensor(params["sum_ctrness_other_ranks"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Tuple
+from typing import Callable
 
 import torch
 import torchvision
@@ -12,8 +12,8 @@ from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from d2_distill.backbones.slimmable import Slimmable
-from d2_distill.config import get_distill_cfg
-from d2_distill.slimmable_weights import is_slimmable, of_one_width
+from d2_distill.checkpoint.slimmable import is_slimmable, of_one_width
+from d2_distill.config.keys import get_distill_cfg
 
 from ..cases import Case
 from ..dispatch import assert_recorded, assert_recorded_gradient
@@ -31,13 +31,13 @@ class OneLayer(Slimmable):
         yield "layer", self.layer
 
 
-def load_slice(network: Slimmable, state: Dict[str, torch.Tensor]) -> None:
+def load_slice(network: Slimmable, state: dict[str, torch.Tensor]) -> None:
     """Every tensor but the counters of batch norms, which are not recorded."""
     missing, unexpected = network.load_state_dict(of_one_width(state, network), strict=False)
     assert not unexpected and all(name.endswith("num_batches_tracked") for name in missing)
 
 
-def published(case: Case, prefix: str, new_prefix: str = "") -> Dict[str, torch.Tensor]:
+def published(case: Case, prefix: str, new_prefix: str = "") -> dict[str, torch.Tensor]:
     """Recorded weights below a prefix, in single precision."""
     return {
         new_prefix + name[len(prefix) :]: case.tensor(name).float() for name in case.arrays if name.startswith(prefix)
@@ -91,7 +91,7 @@ def check_inverted_residual(case: Case) -> None:
     check_block(case, lambda inp, out, stride: InvertedResidual(inp, out, stride, expansion, nn.BatchNorm2d))
 
 
-def slimmable_cfg(builder: str, width: float, widths: Tuple[float, ...], **fpn):
+def slimmable_cfg(builder: str, width: float, widths: tuple[float, ...], **fpn):
     cfg = get_distill_cfg()
     cfg.MODEL.BACKBONE.NAME = f"build_slimmable_{builder}_fpn_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
@@ -140,7 +140,7 @@ def check_channel_tables(case: Case) -> None:
     check_divisible(case.data["make_divisible_of_channels_times_width"])
 
 
-def check_divisible(table: Dict[str, Dict[str, int]]) -> None:
+def check_divisible(table: dict[str, dict[str, int]]) -> None:
     """Rounded channels against those of torchvision's layers, which never have fewer than 8 of them."""
     ends = {"16": 1, "24": 2, "32": 4, "64": 7, "96": 11, "160": 14, "320": 17, "1280": 18}
     for width in table["16"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,17 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from d2_distill.apps.conversion.msad import head_names
 from d2_distill.backbones.low_resolution import LowResolution, decimate
-from d2_distill.config import get_distill_cfg
+from d2_distill.config.keys import get_distill_cfg
 from d2_distill.detectors import ScaleFusion
+from d2_distill.detectors.building import build_detector
 from d2_distill.detectors.multi_scale import BRANCHES
 from d2_distill.distiller import Distiller
 from d2_distill.methods import MSAD
 from d2_distill.methods.pairing import FeaturePair
-from d2_distill.conversion.msad import head_names
-from d2_distill.schedules import build_schedule
+from d2_distill.methods.schedules import build_schedule
 from d2_distill.staged import stage_detector
-from d2_distill.student import build_student
 from d2_distill.teacher import Teacher
 
 from ..cases import Case
@@ -43,17 +43,17 @@ INHERIT = ("backbone.pyramid=detector.backbone", "head=detector.head")
 class ToyPyramid(Backbone):
     """The recordings' backbone: p_k = BatchNorm(Conv1x1(average over cells of 2^k pixels)), 256 channels."""
 
-    def __init__(self, levels: List[int]) -> None:
+    def __init__(self, levels: list[int]) -> None:
         super().__init__()
         self.levels = levels
         for level in levels:
             self.add_module(f"conv{level}", nn.Conv2d(3, 256, 1))
             self.add_module(f"bn{level}", nn.BatchNorm2d(256))
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return {f"p{level}": ShapeSpec(channels=256, stride=2**level) for level in self.levels}
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         modules = dict(self.named_children())
         return {
             f"p{level}": modules[f"bn{level}"](modules[f"conv{level}"](F.avg_pool2d(x, 2**level)))
@@ -87,14 +87,14 @@ def toy_cfg(detector: str, backbone: str, fusion_score: str = "per_image") -> Cf
 
 
 def build_teacher(fusion_score: str = "per_image") -> nn.Module:
-    return build_student(toy_cfg("MultiScaleDetector", "toy_pyramid", fusion_score))
+    return build_detector(toy_cfg("MultiScaleDetector", "toy_pyramid", fusion_score))
 
 
 def build_low_resolution_student() -> nn.Module:
-    return build_student(toy_cfg("OpenMMLabFCOS", "toy_low_resolution_pyramid"))
+    return build_detector(toy_cfg("OpenMMLabFCOS", "toy_low_resolution_pyramid"))
 
 
-def in_our_names(case: Case, group: str, prefixes: Dict[str, str]) -> Dict[str, torch.Tensor]:
+def in_our_names(case: Case, group: str, prefixes: dict[str, str]) -> dict[str, torch.Tensor]:
     """The recorded tensors ``<group>.<published name>`` of a model, by our names."""
     found = {}
     for published, ours in prefixes.items():
@@ -105,7 +105,7 @@ def in_our_names(case: Case, group: str, prefixes: Dict[str, str]) -> Dict[str, 
     return found
 
 
-def load(model: nn.Module, case: Case, prefixes: Dict[str, str]) -> nn.Module:
+def load(model: nn.Module, case: Case, prefixes: dict[str, str]) -> nn.Module:
     """All recorded weights but those of a level that the student does not have."""
     state = in_our_names(case, "w", prefixes)
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -114,7 +114,7 @@ def load(model: nn.Module, case: Case, prefixes: Dict[str, str]) -> nn.Module:
     return model
 
 
-def inputs_of(case: Case) -> List[Dict[str, Any]]:
+def inputs_of(case: Case) -> list[dict[str, Any]]:
     inputs = []
     for index in range(sum(key.startswith("image_") for key in case.arrays)):
         image = case.tensor(f"image_{index}")
@@ -125,7 +125,7 @@ def inputs_of(case: Case) -> List[Dict[str, Any]]:
     return inputs
 
 
-def assert_state(case: Case, model: nn.Module, prefixes: Dict[str, str]) -> None:
+def assert_state(case: Case, model: nn.Module, prefixes: dict[str, str]) -> None:
     """Gradients, where recorded, and running statistics after the step."""
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name, expected in in_our_names(case, "grad", prefixes).items():

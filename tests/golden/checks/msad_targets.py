@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import List, Tuple
-
 import torch
 from detectron2.structures import Boxes, Instances
 
 from d2_distill.assigners import Assignment, GroundTruth, match_points
-from d2_distill.geometry import centers_of
+from d2_distill.boxes.geometry import centers_of
 
 from ..cases import Case
 
 
-def _grid(image_size: List[int], strides: List[int]) -> Tuple[torch.Tensor, List[int]]:
+def _grid(image_size: list[int], strides: list[int]) -> tuple[torch.Tensor, list[int]]:
     """Centres of the cells of all levels, and how many each level has."""
     levels = []
     for stride in strides:
@@ -22,7 +20,7 @@ def _grid(image_size: List[int], strides: List[int]) -> Tuple[torch.Tensor, List
     return torch.cat(levels), [len(level) for level in levels]
 
 
-def _assignment(case: Case) -> Tuple[Assignment, torch.Tensor, List[int]]:
+def _assignment(case: Case) -> tuple[Assignment, torch.Tensor, list[int]]:
     """Of all levels; the distances (N, R, 4) in strides, and the levels' sizes."""
     params = case.data["params"]
     points, level_sizes = _grid(params["image_size"], params["strides"])

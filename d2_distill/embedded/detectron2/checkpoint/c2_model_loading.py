@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Dict, Iterable, Optional
+from collections.abc import Iterable
 
 import torch
 
@@ -40,7 +40,7 @@ _RENAMES = [(re.compile(pattern), new) for pattern, new in (
 )]
 
 
-def _convert_c2(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+def _convert_c2(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename the entries, and move the background class, which Caffe2 has first, to the end."""
     converted = {}
     for name, value in state_dict.items():
@@ -55,7 +55,7 @@ def _convert_c2(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return converted
 
 
-def _longest_suffix(name: str, candidates: Iterable[str]) -> Optional[str]:
+def _longest_suffix(name: str, candidates: Iterable[str]) -> str | None:
     """The longest of the candidates that equals ``name`` or its end after a dot."""
     parts = name.split(".")
     suffixes = (".".join(parts[start:]) for start in range(len(parts)))
@@ -63,9 +63,9 @@ def _longest_suffix(name: str, candidates: Iterable[str]) -> Optional[str]:
 
 
 def align_and_update_state_dicts(
-    model_state_dict: Dict[str, torch.Tensor], ckpt_state_dict: Dict[str, torch.Tensor],
+    model_state_dict: dict[str, torch.Tensor], ckpt_state_dict: dict[str, torch.Tensor],
     c2_conversion: bool = True,
-) -> Dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Give checkpoint entries the names that they have in the model.
 
     An entry matches a model name that equals its own, or ends with "." and its own; the longest such wins.
@@ -81,7 +81,7 @@ def align_and_update_state_dicts(
     if c2_conversion:
         ckpt_state_dict = _convert_c2(ckpt_state_dict)
 
-    model_names: Dict[str, str] = {}  # checkpoint name -> model name
+    model_names: dict[str, str] = {}  # checkpoint name -> model name
     for model_name in sorted(model_state_dict):
         name = _longest_suffix(model_name, ckpt_state_dict)
         if name is None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import pickle
-from typing import Any, Dict, List, Optional
+from typing import Any
 from urllib.parse import parse_qs
 
-import torch
-from fvcore.common.checkpoint import Checkpointer
-
 import detectron2.utils.comm as comm
+import torch
 from detectron2.utils.file_io import PathManager
+from fvcore.common.checkpoint import Checkpointer
 
 from .c2_model_loading import align_and_update_state_dicts
 
@@ -26,13 +25,13 @@ class DetectionCheckpointer(Checkpointer):
         save_to_disk: by default only the main process writes.
     """
 
-    def __init__(self, model, save_dir: str = "", *, save_to_disk: Optional[bool] = None, **checkpointables):
+    def __init__(self, model, save_dir: str = "", *, save_to_disk: bool | None = None, **checkpointables):
         if save_to_disk is None:
             save_to_disk = comm.is_main_process()
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.path_manager = PathManager
 
-    def load(self, path: str, checkpointables: Optional[List[str]] = None) -> Dict[str, Any]:
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a file, which every process must be able to read; an empty path loads nothing.
 
         Returns:
@@ -47,7 +46,7 @@ class DetectionCheckpointer(Checkpointer):
         self._matching_heuristics = _parse_query(query)
         return super().load(path, checkpointables)
 
-    def _load_file(self, filename: str) -> Dict[str, Any]:
+    def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
             checkpoint = _load_pickle(filename)
         elif filename.endswith(".pyth"):
@@ -61,7 +60,7 @@ class DetectionCheckpointer(Checkpointer):
             checkpoint["matching_heuristics"] = True
         return checkpoint
 
-    def _load_model(self, checkpoint: Dict[str, Any]):
+    def _load_model(self, checkpoint: dict[str, Any]):
         if checkpoint.get("matching_heuristics", False):
             self._convert_ndarray_to_tensor(checkpoint["model"])
             checkpoint["model"] = align_and_update_state_dicts(
@@ -85,7 +84,7 @@ def _parse_query(query: str) -> bool:
     return matching_heuristics
 
 
-def _load_pickle(filename: str) -> Dict[str, Any]:
+def _load_pickle(filename: str) -> dict[str, Any]:
     with open(filename, "rb") as f:
         data = pickle.load(f, encoding="latin1")  # written by Python 2
     if "model" in data and "__author__" in data:
@@ -96,7 +95,7 @@ def _load_pickle(filename: str) -> Dict[str, Any]:
     return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
 
 
-def _load_tensors(filename: str) -> Dict[str, Any]:
+def _load_tensors(filename: str) -> dict[str, Any]:
     # Explicit because torch before 2.6 would run whatever code the file asks for.
     try:
         return torch.load(filename, map_location="cpu", weights_only=True)

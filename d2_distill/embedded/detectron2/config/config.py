@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from typing import Any, Callable, Dict
-
-from fvcore.common.config import CfgNode as BaseCfgNode
+from typing import Any, Callable
 
 from detectron2.utils.file_io import PathManager
+from fvcore.common.config import CfgNode as BaseCfgNode
 
 
 class CfgNode(BaseCfgNode):
@@ -84,7 +83,7 @@ def configurable(init_func: Callable) -> Callable:
     return wrapped
 
 
-def _explicit_arguments(from_config: Callable, args: tuple, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+def _explicit_arguments(from_config: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(from_config).parameters
     if next(iter(parameters), None) != "cfg":
         raise TypeError(f"{from_config.__qualname__} must take 'cfg' as its first argument.")

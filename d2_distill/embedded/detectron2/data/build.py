@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Any, Callable
 
 import numpy as np
 from tabulate import tabulate
@@ -19,7 +20,7 @@ from .samplers import InferenceSampler
 logger = logging.getLogger(__name__)
 
 
-def get_detection_dataset_dicts(names: Union[str, Sequence[str]], filter_empty: bool = True) -> List[Dict]:
+def get_detection_dataset_dicts(names: str | Sequence[str], filter_empty: bool = True) -> list[dict]:
     """Dataset dicts of one or several registered data sets, one after the other.
 
     Args:
@@ -52,7 +53,7 @@ def get_detection_dataset_dicts(names: Union[str, Sequence[str]], filter_empty: 
     return dataset_dicts
 
 
-def _is_usable(record: Dict) -> bool:
+def _is_usable(record: dict) -> bool:
     """Whether a record has an object that is not a crowd, or is without annotations by intention."""
     return "annotations" not in record or not all(a.get("iscrowd", 0) for a in record["annotations"])
 
@@ -62,7 +63,7 @@ def _log_once(message: str) -> None:
     logger.info(message)
 
 
-def _class_table(dataset_dicts: List[Dict], class_names: Sequence[str]) -> str:
+def _class_table(dataset_dicts: list[dict], class_names: Sequence[str]) -> str:
     """How many objects (crowds not counted) each class has, three classes a line."""
     classes = np.array([
         annotation["category_id"]
@@ -73,7 +74,7 @@ def _class_table(dataset_dicts: List[Dict], class_names: Sequence[str]) -> str:
         assert 0 <= category_id < len(class_names), \
             f"There is a category id {category_id}, but there are {len(class_names)} classes."
     counts = np.bincount(classes, minlength=len(class_names)).tolist()
-    cells: List[Any] = [cell for pair in zip(class_names, counts) for cell in pair] + ["total", sum(counts)]
+    cells: list[Any] = [cell for pair in zip(class_names, counts) for cell in pair] + ["total", sum(counts)]
     return tabulate([cells[i : i + 6] for i in range(0, len(cells), 6)], tablefmt="plain", numalign="left")
 
 
@@ -82,7 +83,7 @@ def trivial_batch_collator(batch: Any) -> Any:
     return batch
 
 
-def build_detection_test_loader(cfg, dataset_name: str, mapper: Optional[Callable] = None) -> data.DataLoader:
+def build_detection_test_loader(cfg, dataset_name: str, mapper: Callable | None = None) -> data.DataLoader:
     """Each image of a data set once, one a batch; each process gets its share.
 
     Args:

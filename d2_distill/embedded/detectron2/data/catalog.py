@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 from collections import UserDict
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable
 
 
 class _Catalog(UserDict):
-    def list(self) -> List[str]:
+    def list(self) -> builtins.list[str]:
         return [*self]
 
     def remove(self, name: str) -> None:
@@ -16,12 +17,12 @@ class _Catalog(UserDict):
 
 
 class _DatasetCatalog(_Catalog):
-    def register(self, name: str, func: Callable[[], List[Dict]]) -> None:
+    def register(self, name: str, func: Callable[[], list[dict]]) -> None:
         """Remember how to load a data set; AssertionError if the name is taken."""
         assert name not in self, f"Data set '{name}' is already registered."
         self[name] = func
 
-    def get(self, name: str) -> List[Dict]:
+    def get(self, name: str) -> list[dict]:
         """Load a data set: a list of dataset dicts. KeyError, with the known names, if unregistered."""
         if name not in self:
             raise KeyError(f"Data set '{name}' is not registered; registered are: {', '.join(self)}.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any, Callable, Dict, Iterable, Iterator, List
+from collections.abc import Iterable, Iterator
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ class DatasetFromList(data.Dataset):
     workers copy them page by page.
     """
 
-    def __init__(self, lst: List):
+    def __init__(self, lst: list):
         pickled = [np.frombuffer(pickle.dumps(x, protocol=-1), dtype=np.uint8) for x in lst]
         self._ends = torch.from_numpy(np.cumsum([0, *map(len, pickled)], dtype=np.int64))
         self._bytes = torch.from_numpy(np.concatenate([np.empty(0, np.uint8), *pickled]))
@@ -49,12 +50,12 @@ class AspectRatioGroupedDataset(data.IterableDataset):
     A batch is yielded as soon as one of the two groups is full; what is left at the end never is.
     """
 
-    def __init__(self, dataset: Iterable[Dict], batch_size: int):
+    def __init__(self, dataset: Iterable[dict], batch_size: int):
         self.dataset = dataset
         self.batch_size = batch_size
 
-    def __iter__(self) -> Iterator[List[Dict]]:
-        groups: Dict[bool, List[Dict]] = {True: [], False: []}
+    def __iter__(self) -> Iterator[list[dict]]:
+        groups: dict[bool, list[dict]] = {True: [], False: []}
         for record in self.dataset:
             wide = record["width"] > record["height"]
             groups[wide].append(record)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import torch
-
 from detectron2.config import configurable
 
 from . import detection_utils as utils
@@ -24,7 +23,7 @@ class DatasetMapper:
     """
 
     @configurable
-    def __init__(self, is_train: bool, *, augmentations: List[T.Augmentation], image_format: str):
+    def __init__(self, is_train: bool, *, augmentations: list[T.Augmentation], image_format: str):
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
@@ -32,14 +31,14 @@ class DatasetMapper:
         logging.getLogger(__name__).info(f"Images for {purpose} go through {augmentations}")
 
     @classmethod
-    def from_config(cls, cfg, is_train: bool = True) -> Dict[str, Any]:
+    def from_config(cls, cfg, is_train: bool = True) -> dict[str, Any]:
         return {
             "is_train": is_train,
             "augmentations": utils.build_augmentation(cfg, is_train),
             "image_format": cfg.INPUT.FORMAT,
         }
 
-    def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         dataset_dict = copy.deepcopy(dataset_dict)
         image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
         utils.check_image_size(dataset_dict, image)

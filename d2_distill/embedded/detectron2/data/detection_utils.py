@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.file_io import PathManager
+from PIL import Image, ImageOps
 
 from . import transforms as T
 
@@ -18,7 +17,7 @@ class SizeMismatchError(ValueError):
     """An image has another size than its annotations say."""
 
 
-def read_image(file_name: str, format: Optional[str] = None) -> np.ndarray:
+def read_image(file_name: str, format: str | None = None) -> np.ndarray:
     """Read an image, upright according to its EXIF orientation.
 
     Args:
@@ -40,7 +39,7 @@ def read_image(file_name: str, format: Optional[str] = None) -> np.ndarray:
     return array
 
 
-def check_image_size(dataset_dict: Dict[str, Any], image: np.ndarray) -> None:
+def check_image_size(dataset_dict: dict[str, Any], image: np.ndarray) -> None:
     """Compare the (H, W, C) image with the dict's height and width, or fill them in where absent.
 
     Raises:
@@ -56,8 +55,8 @@ def check_image_size(dataset_dict: Dict[str, Any], image: np.ndarray) -> None:
 
 
 def transform_instance_annotations(
-    annotation: Dict[str, Any], transforms: T.Transform, image_size: Tuple[int, int]
-) -> Dict[str, Any]:
+    annotation: dict[str, Any], transforms: T.Transform, image_size: tuple[int, int]
+) -> dict[str, Any]:
     """Transform the ``bbox`` of an annotation in place: it becomes XYXY, clipped to the new image.
 
     Args:
@@ -72,7 +71,7 @@ def transform_instance_annotations(
     return annotation
 
 
-def annotations_to_instances(annos: List[Dict[str, Any]], image_size: Tuple[int, int]) -> Instances:
+def annotations_to_instances(annos: list[dict[str, Any]], image_size: tuple[int, int]) -> Instances:
     """Ground truth of an image of size (height, width): gt_boxes (N, 4) and gt_classes (N,) int64."""
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annos]
     return Instances(
@@ -86,7 +85,7 @@ def filter_empty_instances(instances: Instances) -> Instances:
     return instances[instances.gt_boxes.nonempty(threshold=1e-5)]
 
 
-def build_augmentation(cfg, is_train: bool) -> List[T.Augmentation]:
+def build_augmentation(cfg, is_train: bool) -> list[T.Augmentation]:
     """In training the crop and the flip that INPUT asks for, before and after resizing; else resizing."""
     given = cfg.INPUT
     if not is_train:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from typing import Any, Dict, Iterator, List
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.utils.data.sampler import Sampler
-
 from detectron2.utils import comm
+from torch.utils.data.sampler import Sampler
 
 
 class _InfiniteSampler(Sampler):
@@ -68,7 +68,7 @@ class RepeatFactorTrainingSampler(_InfiniteSampler):
 
     @staticmethod
     def repeat_factors_from_category_frequency(
-        dataset_dicts: List[Dict[str, Any]], repeat_thresh: float, sqrt: bool = True
+        dataset_dicts: list[dict[str, Any]], repeat_thresh: float, sqrt: bool = True
     ) -> torch.Tensor:
         """One factor an image: that of its rarest category, max(1, thresh / f), or the root of the quotient.
 

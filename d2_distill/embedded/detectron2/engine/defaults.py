@@ -7,10 +7,9 @@ import importlib.util
 import logging
 import os
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
-
 from detectron2 import evaluation
 from detectron2.config import CfgNode
 from detectron2.solver import build_lr_scheduler
@@ -25,7 +24,7 @@ from . import hooks
 from .train_loop import TrainerBase
 
 
-def default_argument_parser(epilog: Optional[str] = None) -> argparse.ArgumentParser:
+def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
     """The options that Detectron2's training scripts share; what is left over is ``opts``."""
     # Runs of different users on one machine should not meet at the same port.
     user = os.getuid() if hasattr(os, "getuid") else 0
@@ -89,7 +88,7 @@ class DefaultTrainer(TrainerBase):
         if resume and comm.all_gather(self.checkpointer.has_checkpoint())[0]:
             self.start_iter = self.iter + 1  # the checkpoint's step is done
 
-    def build_hooks(self) -> List[Optional[hooks.HookBase]]:
+    def build_hooks(self) -> list[hooks.HookBase | None]:
         """Timer, schedule, checkpoints, evaluation, writers, in this order."""
         cfg = self.cfg
 
@@ -108,7 +107,7 @@ class DefaultTrainer(TrainerBase):
             hooks.PeriodicWriter(self.build_writers()) if on_main else None,
         ]
 
-    def build_writers(self) -> List[EventWriter]:
+    def build_writers(self) -> list[EventWriter]:
         """The console, ``metrics.json``, and TensorBoard if it is installed."""
         folder = self.cfg.OUTPUT_DIR
         PathManager.mkdirs(folder)
@@ -157,13 +156,13 @@ class DefaultTrainer(TrainerBase):
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: torch.nn.Module) -> Dict[str, Any]:
+    def test(cls, cfg: CfgNode, model: torch.nn.Module) -> dict[str, Any]:
         """Evaluate on every dataset of DATASETS.TEST.
 
         Returns:
             Results by dataset; those of the only one directly. Empty on other than the main process.
         """
-        results: Dict[str, Any] = OrderedDict()
+        results: dict[str, Any] = OrderedDict()
         for dataset_name in cfg.DATASETS.TEST:
             data_loader = cls.build_test_loader(cfg, dataset_name)
             evaluator = cls.build_evaluator(cfg, dataset_name)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from datetime import timedelta
-from typing import Callable, List
-
-from fvcore.common.checkpoint import PeriodicCheckpointer as _PeriodicCheckpointer
+from typing import Callable
 
 import detectron2.utils.comm as comm
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.events import EventWriter
+from fvcore.common.checkpoint import PeriodicCheckpointer as _PeriodicCheckpointer
 
 from .train_loop import HookBase
 
@@ -49,7 +48,7 @@ class IterationTimer(HookBase):
 class PeriodicWriter(HookBase):
     """Lets the writers write every ``period`` steps, after the last step and after training."""
 
-    def __init__(self, writers: List[EventWriter], period: int = 20) -> None:
+    def __init__(self, writers: list[EventWriter], period: int = 20) -> None:
         self._writers = writers
         self._period = period
 

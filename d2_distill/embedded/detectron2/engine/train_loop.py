@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from typing import Dict, List, Optional
-
-import numpy as np
-import torch
 
 import detectron2.utils.comm as comm
+import numpy as np
+import torch
 from detectron2.utils.events import EventStorage, get_event_storage
 
 
@@ -49,13 +47,13 @@ class TrainerBase:
     """
 
     def __init__(self) -> None:
-        self._hooks: List[HookBase] = []
+        self._hooks: list[HookBase] = []
         self.iter = 0
         self.start_iter = 0
         self.max_iter = 0
-        self.storage: Optional[EventStorage] = None
+        self.storage: EventStorage | None = None
 
-    def register_hooks(self, hooks: List[Optional[HookBase]]) -> None:
+    def register_hooks(self, hooks: list[HookBase | None]) -> None:
         """Append hooks (Nones are left out); they are called in this order."""
         for hook in filter(None, hooks):
             # A strong reference would be a cycle, and keep the model's memory after training.
@@ -162,7 +160,7 @@ class SimpleTrainer(TrainerBase):
     def _update(self) -> None:
         self.optimizer.step()
 
-    def _write_metrics(self, loss_dict: Dict[str, torch.Tensor], data_time: float) -> None:
+    def _write_metrics(self, loss_dict: dict[str, torch.Tensor], data_time: float) -> None:
         """Put the losses (mean over processes), their sum and the time spent on data into the storage.
 
         Raises:

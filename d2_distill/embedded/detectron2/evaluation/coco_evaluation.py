@@ -9,18 +9,17 @@ import json
 import logging
 import os
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from tabulate import tabulate
-
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
 
 from .evaluator import DatasetEvaluator
 
@@ -43,25 +42,25 @@ class COCOEvaluator(DatasetEvaluator):
         output_dir: where instances_predictions.pth and coco_instances_results.json are written, if given.
     """
 
-    def __init__(self, dataset_name: str, *, output_dir: Optional[str] = None):
+    def __init__(self, dataset_name: str, *, output_dir: str | None = None):
         self._logger = logging.getLogger(__name__)
         self._output_dir = output_dir
         self._metadata = MetadataCatalog.get(dataset_name)
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco = COCO(PathManager.get_local_path(self._metadata.json_file))
-        self._predictions: List[Dict[str, Any]] = []
+        self._predictions: list[dict[str, Any]] = []
 
     def reset(self) -> None:
         self._predictions = []
 
-    def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Take the ``image_id`` of each input and the ``instances`` of each output."""
         for given, output in zip(inputs, outputs):
             instances = output["instances"].to(torch.device("cpu"))
             records = instances_to_coco_json(instances, given["image_id"])
             self._predictions.append({"image_id": given["image_id"], "instances": records})
 
-    def evaluate(self) -> Dict[str, Dict[str, float]]:
+    def evaluate(self) -> dict[str, dict[str, float]]:
         """{"bbox": {metric: value}}.
 
         {} if nothing was processed, nothing is annotated, or this is not the main process.
@@ -85,7 +84,7 @@ class COCOEvaluator(DatasetEvaluator):
             return {}
         return {"bbox": self._metrics(detections)}
 
-    def _with_category_ids(self, records) -> List[Dict[str, Any]]:
+    def _with_category_ids(self, records) -> list[dict[str, Any]]:
         """Copies of the records, with contiguous classes turned back to the ids of the annotation file."""
         id_map = self._metadata.thing_dataset_id_to_contiguous_id
         original = {index: category_id for category_id, index in id_map.items()}
@@ -96,7 +95,7 @@ class COCOEvaluator(DatasetEvaluator):
             detections.append({**record, "category_id": original[index]})
         return detections
 
-    def _metrics(self, detections: List[Dict[str, Any]]) -> Dict[str, float]:
+    def _metrics(self, detections: list[dict[str, Any]]) -> dict[str, float]:
         if not detections:
             self._logger.warning("The model detected nothing in any image.")
             return {metric: float("nan") for metric in _METRICS}
@@ -128,7 +127,7 @@ class COCOEvaluator(DatasetEvaluator):
         return COCOeval
 
 
-def instances_to_coco_json(instances: Instances, image_id: Any) -> List[Dict[str, Any]]:
+def instances_to_coco_json(instances: Instances, image_id: Any) -> list[dict[str, Any]]:
     """Detections (pred_boxes, scores, pred_classes, on the CPU) of an image as COCO result records."""
     boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
     return [
@@ -143,7 +142,7 @@ def _percent(precision: np.ndarray) -> float:
     return float(np.mean(defined) * 100) if defined.size else float("nan")
 
 
-def _table(values: Dict[str, float], pairs: int) -> str:
+def _table(values: dict[str, float], pairs: int) -> str:
     """Names and values, so many pairs a line."""
     cells = list(itertools.chain.from_iterable(values.items()))
     rows = [cells[i : i + 2 * pairs] for i in range(0, len(cells), 2 * pairs)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import logging
 import time
-from typing import Any, Dict, Iterable, List, Optional
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,10 +21,10 @@ class DatasetEvaluator:
     def reset(self) -> None:
         """Forget everything processed so far."""
 
-    def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Take a batch: the model's inputs and its outputs, element by element."""
 
-    def evaluate(self) -> Optional[Dict[str, Any]]:
+    def evaluate(self) -> dict[str, Any] | None:
         """Results {task: {metric: value}}; None or empty in processes other than the main one."""
 
 
@@ -51,7 +52,7 @@ class _Stopwatch:
 @torch.no_grad()
 def inference_on_dataset(
     model: nn.Module, data_loader: Iterable, evaluator: DatasetEvaluator
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Run the model, in eval mode and without gradient, over the loader, and evaluate.
 
     Args:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import OrderedDict, defaultdict
-from typing import Dict, List, Tuple
 
 import numpy as np
 import torch
-
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.pascal_voc import read_annotation, read_image_ids
 from detectron2.utils import comm
@@ -17,9 +15,9 @@ from detectron2.utils import comm
 from .evaluator import DatasetEvaluator
 
 # a detection as the development kit reads it: image, score, box (1-based, both ends included)
-_Detection = Tuple[str, float, List[float]]
+_Detection = tuple[str, float, list[float]]
 # ground truth of a class in an image: boxes (N, 4), difficult (N,)
-_GroundTruth = Dict[str, Tuple[np.ndarray, np.ndarray]]
+_GroundTruth = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class PascalVOCDetectionEvaluator(DatasetEvaluator):
@@ -42,9 +40,9 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        self._detections: Dict[int, List[_Detection]] = defaultdict(list)
+        self._detections: dict[int, list[_Detection]] = defaultdict(list)
 
-    def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Take the ``image_id`` of each input and the ``instances`` of each output."""
         for given, output in zip(inputs, outputs):
             instances = output["instances"].to(torch.device("cpu"))
@@ -54,7 +52,7 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
                 box = [round(value, 1) for value in (x0 + 1, y0 + 1, x1, y1)]
                 self._detections[class_index].append((given["image_id"], round(score, 3), box))
 
-    def evaluate(self) -> Dict[str, Dict[str, float]]:
+    def evaluate(self) -> dict[str, dict[str, float]]:
         """{"bbox": {"AP", "AP50", "AP75"}}; None in processes other than the main one."""
         gathered = comm.gather(self._detections, dst=0)
         if not comm.is_main_process():
@@ -62,7 +60,7 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
         year = 2007 if self._use_07_metric else 2012
         logging.getLogger(__name__).info(f"Box AP by the rules of VOC {year}")
         ground_truth = self._read_ground_truth()
-        aps: Dict[int, List[float]] = defaultdict(list)  # IoU threshold in percent -> AP of each class
+        aps: dict[int, list[float]] = defaultdict(list)  # IoU threshold in percent -> AP of each class
         for index, name in enumerate(self._class_names):
             detections = list(itertools.chain.from_iterable(part.get(index, []) for part in gathered))
             for threshold in range(50, 100, 5):
@@ -71,9 +69,9 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
         mean = {threshold: float(np.mean(values)) for threshold, values in aps.items()}
         return {"bbox": OrderedDict(AP=float(np.mean(list(mean.values()))), AP50=mean[50], AP75=mean[75])}
 
-    def _read_ground_truth(self) -> Dict[str, _GroundTruth]:
+    def _read_ground_truth(self) -> dict[str, _GroundTruth]:
         """Class name -> image -> (boxes, difficult), over the images of the split."""
-        ground_truth: Dict[str, _GroundTruth] = {name: {} for name in self._class_names}
+        ground_truth: dict[str, _GroundTruth] = {name: {} for name in self._class_names}
         for image_id in read_image_ids(self._dirname, self._split):
             _, objects = read_annotation(self._dirname, image_id)
             for name in {name for name, _, _ in objects} & ground_truth.keys():
@@ -83,8 +81,8 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
 
 
 def _recall_precision(
-    detections: List[_Detection], ground_truth: _GroundTruth, threshold: float
-) -> Tuple[np.ndarray, np.ndarray]:
+    detections: list[_Detection], ground_truth: _GroundTruth, threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Recall and precision after each detection, in descending order of score.
 
     A detection belongs to the object of its image that it overlaps most. It is right if it is the first to do

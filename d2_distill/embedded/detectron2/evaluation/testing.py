@@ -6,7 +6,7 @@ import logging
 import pprint
 import sys
 from collections.abc import Mapping
-from typing import Any, Dict
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,9 @@ def verify_results(cfg, results: Mapping) -> bool:
     sys.exit(1)
 
 
-def flatten_results_dict(results: Mapping) -> Dict[str, Any]:
+def flatten_results_dict(results: Mapping) -> dict[str, Any]:
     """{"bbox": {"AP": 1}} -> {"bbox/AP": 1}, at any depth."""
-    flat: Dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in results.items():
         if isinstance(value, Mapping):
             flat.update({f"{key}/{inner}": v for inner, v in flatten_results_dict(value).items()})

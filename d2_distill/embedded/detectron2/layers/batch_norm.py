@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Type, Union
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class CycleBatchNormList(nn.ModuleList):
     order, every time.
     """
 
-    def __init__(self, length: int, bn_class: Type[nn.Module], num_features: int):
+    def __init__(self, length: int, bn_class: type[nn.Module], num_features: int):
         super().__init__([bn_class(num_features, affine=False) for _ in range(length)])
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
@@ -89,7 +89,7 @@ _NORMS = {
 }
 
 
-def get_norm(norm: Union[str, Callable[[int], nn.Module], None], out_channels: int) -> Optional[nn.Module]:
+def get_norm(norm: str | Callable[[int], nn.Module] | None, out_channels: int) -> nn.Module | None:
     """A norm for ``out_channels`` channels.
 
     Args:

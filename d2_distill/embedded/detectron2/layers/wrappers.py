@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, List, Optional
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,17 @@ from .batch_norm import FrozenBatchNorm2d
 class ShapeSpec:
     """What a module promises about a feature map; None where it promises nothing."""
 
-    channels: Optional[int] = None
-    height: Optional[int] = None
-    width: Optional[int] = None
-    stride: Optional[int] = None
+    channels: int | None = None
+    height: int | None = None
+    width: int | None = None
+    stride: int | None = None
 
 
 class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` followed by an optional norm (a submodule called ``norm``) and an optional activation."""
 
-    def __init__(self, *args, norm: Optional[nn.Module] = None,
-                 activation: Optional[Callable[[Tensor], Tensor]] = None, **kwargs):
+    def __init__(self, *args, norm: nn.Module | None = None,
+                 activation: Callable[[Tensor], Tensor] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.norm = norm
         self.activation = activation
@@ -57,7 +57,7 @@ class CNNBlockBase(nn.Module):
         return self
 
 
-def cat(tensors: List[Tensor], dim: int = 0) -> Tensor:
+def cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
     """``torch.cat`` that does not copy a list of one."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 

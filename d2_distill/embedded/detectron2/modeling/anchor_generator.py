@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import List, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
-
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes
 from detectron2.utils.registry import Registry
+from torch import nn
 
 ANCHOR_GENERATOR_REGISTRY = Registry("ANCHOR_GENERATOR")
 ANCHOR_GENERATOR_REGISTRY.__doc__ = "Modules built from ``(cfg, input_shape: list of ShapeSpec)``."
 
 
-def _per_level(values: Sequence, num_levels: int, name: str) -> List[Sequence[float]]:
+def _per_level(values: Sequence, num_levels: int, name: str) -> list[Sequence[float]]:
     """One list of numbers for each level; a flat list, or a list of one list, serves every level."""
     if not isinstance(values[0], Sequence):
         values = [values]
@@ -62,7 +61,7 @@ class DefaultAnchorGenerator(nn.Module):
             self.register_buffer(f"_cell_anchors_{i}", cell, persistent=False)
 
     @classmethod
-    def from_config(cls, cfg, input_shape: List[ShapeSpec]):
+    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
         return {
             "sizes": cfg.MODEL.ANCHOR_GENERATOR.SIZES,
             "aspect_ratios": cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
@@ -71,16 +70,16 @@ class DefaultAnchorGenerator(nn.Module):
         }
 
     @property
-    def cell_anchors(self) -> List[torch.Tensor]:
+    def cell_anchors(self) -> list[torch.Tensor]:
         """Each level's (A, 4) anchors of the pixel at the origin."""
         return [getattr(self, f"_cell_anchors_{i}") for i in range(len(self.strides))]
 
     @property
-    def num_anchors(self) -> List[int]:
+    def num_anchors(self) -> list[int]:
         """Anchors per pixel of each level."""
         return [len(cell) for cell in self.cell_anchors]
 
-    def forward(self, features: List[torch.Tensor]) -> List[Boxes]:
+    def forward(self, features: list[torch.Tensor]) -> list[Boxes]:
         """Each level's H * W * A anchors, ordered by row, column, cell anchor."""
         anchors = []
         for feature, stride, cell in zip(features, self.strides, self.cell_anchors):
@@ -94,6 +93,6 @@ class DefaultAnchorGenerator(nn.Module):
         return anchors
 
 
-def build_anchor_generator(cfg, input_shape: List[ShapeSpec]) -> nn.Module:
+def build_anchor_generator(cfg, input_shape: list[ShapeSpec]) -> nn.Module:
     """The generator named by MODEL.ANCHOR_GENERATOR.NAME, for feature maps of these shapes."""
     return ANCHOR_GENERATOR_REGISTRY.get(cfg.MODEL.ANCHOR_GENERATOR.NAME)(cfg, input_shape)

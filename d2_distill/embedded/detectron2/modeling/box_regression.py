@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import List, Tuple, Union
 
 import torch
 import torch.nn.functional as F
-from fvcore.nn import giou_loss, smooth_l1_loss
-from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
-
 from detectron2.layers import cat
 from detectron2.structures import Boxes
+from fvcore.nn import giou_loss, smooth_l1_loss
+from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
 
 # exp of a larger delta would make boxes more than 1000 / 16 times the anchor
 _DEFAULT_SCALE_CLAMP = math.log(1000.0 / 16)
 
 
-def _centres_and_sizes(boxes: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def _centres_and_sizes(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(..., 2) centres and (..., 2) sizes of XYXY boxes."""
     sizes = boxes[..., 2:] - boxes[..., :2]
     return boxes[..., :2] + 0.5 * sizes, sizes
@@ -31,7 +29,7 @@ class Box2BoxTransform:
         scale_clamp: largest dw, dh (before the factor) that :meth:`apply_deltas` follows.
     """
 
-    def __init__(self, weights: Tuple[float, float, float, float], scale_clamp: float = _DEFAULT_SCALE_CLAMP):
+    def __init__(self, weights: tuple[float, float, float, float], scale_clamp: float = _DEFAULT_SCALE_CLAMP):
         self.weights = weights
         self.scale_clamp = scale_clamp
 
@@ -78,8 +76,8 @@ _IOU_LOSSES = {"giou": giou_loss, "diou": distance_box_iou_loss, "ciou": complet
 
 
 def _dense_box_regression_loss(
-    anchors: List[Boxes], box2box_transform: Union[Box2BoxTransform, Box2BoxTransformLinear],
-    pred_anchor_deltas: List[torch.Tensor], gt_boxes: List[torch.Tensor], fg_mask: torch.Tensor,
+    anchors: list[Boxes], box2box_transform: Box2BoxTransform | Box2BoxTransformLinear,
+    pred_anchor_deltas: list[torch.Tensor], gt_boxes: list[torch.Tensor], fg_mask: torch.Tensor,
     box_reg_loss_type: str = "smooth_l1", smooth_l1_beta: float = 0.0,
 ) -> torch.Tensor:
     """Box loss summed over the foreground anchors of a batch.

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import List
-
-from torch import Tensor, nn
-
 from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
 
 from .anchor_generator import build_anchor_generator
 
@@ -19,7 +16,7 @@ def fill_convs(head: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def num_anchors_per_pixel(cfg, input_shape: List[ShapeSpec]) -> int:
+def num_anchors_per_pixel(cfg, input_shape: list[ShapeSpec]) -> int:
     """The same on every level, as a head needs that all levels share."""
     num_anchors = build_anchor_generator(cfg, input_shape).num_anchors
     assert len(set(num_anchors)) == 1, f"MODEL.ANCHOR_GENERATOR gives levels different numbers: {num_anchors}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List, Tuple
-
 import torch
 
 
@@ -17,7 +15,7 @@ class Matcher:
             (arXiv:1506.01497, section 3.1.2 (i)).
     """
 
-    def __init__(self, thresholds: List[float], labels: List[int], allow_low_quality_matches: bool = False):
+    def __init__(self, thresholds: list[float], labels: list[int], allow_low_quality_matches: bool = False):
         assert thresholds[0] > 0, f"IoU thresholds must be positive: {thresholds}"
         assert list(thresholds) == sorted(thresholds), f"IoU thresholds must ascend: {thresholds}"
         assert set(labels) <= {-1, 0, 1}, f"IoU labels must be -1, 0 or 1: {labels}"
@@ -26,7 +24,7 @@ class Matcher:
         self.labels = list(labels)
         self.allow_low_quality_matches = allow_low_quality_matches
 
-    def __call__(self, match_quality_matrix: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, match_quality_matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Match by an M x N matrix, M ground truths, N predictions.
 
         Returns:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import List
 
 import torch
+from detectron2.structures import Boxes
 from torch import nn
 from torchvision.ops import RoIAlign, RoIPool
 
-from detectron2.structures import Boxes
-
 
 def assign_boxes_to_levels(
-    box_lists: List[Boxes], min_level: int, max_level: int, canonical_box_size: int, canonical_level: int
+    box_lists: list[Boxes], min_level: int, max_level: int, canonical_box_size: int, canonical_level: int
 ) -> torch.Tensor:
     """(R,) index of each box's level, counted from ``min_level`` (arXiv:1612.03144, equation 1)."""
     sides = torch.sqrt(Boxes.cat(box_lists).area())
@@ -52,7 +50,7 @@ class ROIPooler(nn.Module):
         self.canonical_box_size = canonical_box_size
         self.canonical_level = canonical_level
 
-    def forward(self, x: List[torch.Tensor], box_lists: List[Boxes]) -> torch.Tensor:
+    def forward(self, x: list[torch.Tensor], box_lists: list[Boxes]) -> torch.Tensor:
         """Pool the R boxes of N images from levels ``x``, each (N, C, H_l, W_l): (R, C, side, side)."""
         boxes = torch.cat([
             torch.cat([boxes.tensor.new_full((len(boxes), 1), image), boxes.tensor], dim=1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from typing import Any, Dict, List, Optional, Type
+from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from fvcore.common.param_scheduler import (
     CosineParamScheduler,
     MultiStepParamScheduler,
@@ -16,8 +17,6 @@ from fvcore.common.param_scheduler import (
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-
-from detectron2.config import CfgNode
 
 from .lr_scheduler import LRMultiplier, WarmupParamScheduler
 
@@ -38,7 +37,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         weight_decay=solver.WEIGHT_DECAY, foreach=True)
 
 
-def maybe_add_gradient_clipping(cfg: CfgNode, optimizer: Type[Optimizer]) -> Type[Optimizer]:
+def maybe_add_gradient_clipping(cfg: CfgNode, optimizer: type[Optimizer]) -> type[Optimizer]:
     """The class as it is, or its subclass ``<Name>WithGradientClip``, which clips before every step.
 
     Each parameter's gradient is clipped alone, by value or by norm.
@@ -64,9 +63,9 @@ def maybe_add_gradient_clipping(cfg: CfgNode, optimizer: Type[Optimizer]) -> Typ
 
 
 def get_default_optimizer_params(
-    model: nn.Module, *, base_lr: float, weight_decay_norm: Optional[float] = None,
-    bias_lr_factor: Optional[float] = 1.0, weight_decay_bias: Optional[float] = None,
-) -> List[Dict[str, Any]]:
+    model: nn.Module, *, base_lr: float, weight_decay_norm: float | None = None,
+    bias_lr_factor: float | None = 1.0, weight_decay_bias: float | None = None,
+) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer; what is None is left to the optimizer's defaults.
 
     Parameters of equal settings share a group: the fewer groups, the faster a multi-tensor step.
@@ -75,7 +74,7 @@ def get_default_optimizer_params(
         weight_decay_norm: for the parameters of normalisation layers.
         bias_lr_factor, weight_decay_bias: for parameters called ``bias`` (these win over the norm's).
     """
-    groups: Dict[Any, List[nn.Parameter]] = defaultdict(list)
+    groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
     seen = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Any
 
 from fvcore.common.param_scheduler import (
     CompositeParamScheduler,
@@ -52,10 +52,10 @@ class LRMultiplier(LRScheduler):
         self._max_iter = max_iter
         super().__init__(optimizer)
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
 
-    def get_lr(self) -> List[float]:
+    def get_lr(self) -> list[float]:
         # Stepping past the last iteration keeps its rate: several schedules are not defined at progress 1.
         multiplier = self._multiplier(min(self.last_epoch, self._max_iter - 1) / self._max_iter)
         return [base_lr * multiplier for base_lr in self.base_lrs]

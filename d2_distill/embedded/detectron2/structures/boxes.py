@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
-from typing import Iterator, List, Tuple, Union
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class Boxes:
         self.tensor = tensor
 
     @classmethod
-    def cat(cls, boxes_list: List["Boxes"]) -> "Boxes":
+    def cat(cls, boxes_list: list["Boxes"]) -> "Boxes":
         return cls(torch.cat([boxes.tensor for boxes in boxes_list]) if boxes_list else torch.empty(0))
 
     @property
@@ -71,7 +71,7 @@ class Boxes:
     def to(self, device) -> "Boxes":
         return Boxes(self.tensor.to(device=device))
 
-    def __getitem__(self, item: Union[int, slice, Tensor]) -> "Boxes":
+    def __getitem__(self, item: int | slice | Tensor) -> "Boxes":
         """The selected boxes; an int selects a set of one."""
         selected = self.tensor[[item] if isinstance(item, int) else item]
         assert selected.dim() == 2, f"Indexing Boxes with {item} does not give a set of boxes"
@@ -94,7 +94,7 @@ class Boxes:
         """(N, 2) centres (x, y)."""
         return (self.tensor[:, :2] + self.tensor[:, 2:]) / 2
 
-    def clip(self, box_size: Tuple[int, int]) -> None:
+    def clip(self, box_size: tuple[int, int]) -> None:
         """Move corners outside an image of ``(height, width)`` onto its border."""
         assert torch.isfinite(self.tensor).all(), "Boxes to be clipped hold an infinite number or NaN."
         self.tensor = clip_boxes_to_image(self.tensor, box_size)
@@ -108,7 +108,7 @@ class Boxes:
         """(N,) bool: both sides are longer than ``threshold``."""
         return (self.tensor[:, 2:] - self.tensor[:, :2] > threshold).all(dim=1)
 
-    def inside_box(self, box_size: Tuple[int, int], boundary_threshold: int = 0) -> Tensor:
+    def inside_box(self, box_size: tuple[int, int], boundary_threshold: int = 0) -> Tensor:
         """(N,) bool: the box leaves an image of ``(height, width)`` by less than the threshold."""
         far_corner = self.tensor.new_tensor(box_size[::-1]) + boundary_threshold
         return ((self.tensor[:, :2] >= -boundary_threshold) & (self.tensor[:, 2:] < far_corner)).all(dim=1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List, Tuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +15,7 @@ class ImageList:
         image_sizes: N pairs (height, width).
     """
 
-    def __init__(self, tensor: Tensor, image_sizes: List[Tuple[int, int]]):
+    def __init__(self, tensor: Tensor, image_sizes: list[tuple[int, int]]):
         self.tensor = tensor
         self.image_sizes = image_sizes
 
@@ -31,7 +29,7 @@ class ImageList:
 
     @staticmethod
     def from_tensors(
-        tensors: List[Tensor], size_divisibility: int = 0, pad_value: float = 0.0
+        tensors: list[Tensor], size_divisibility: int = 0, pad_value: float = 0.0
     ) -> "ImageList":
         """Pad (..., H_i, W_i) images at the right and bottom to one size.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +15,15 @@ class Instances:
     Names that begin with an underscore are plain attributes and not fields.
     """
 
-    def __init__(self, image_size: Tuple[int, int], **kwargs: Any):
+    def __init__(self, image_size: tuple[int, int], **kwargs: Any):
         """``image_size`` is (height, width); keywords are the first fields."""
         self._image_size = image_size
-        self._fields: Dict[str, Any] = {}
+        self._fields: dict[str, Any] = {}
         for name, value in kwargs.items():
             self.set(name, value)
 
     @property
-    def image_size(self) -> Tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         return self._image_size
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -46,7 +46,7 @@ class Instances:
     def has(self, name: str) -> bool:
         return name in self._fields
 
-    def get_fields(self) -> Dict[str, Any]:
+    def get_fields(self) -> dict[str, Any]:
         """The fields by name, not a copy."""
         return self._fields
 
@@ -56,7 +56,7 @@ class Instances:
                  for name, value in self._fields.items()}
         return Instances(self._image_size, **moved)
 
-    def __getitem__(self, item: Union[int, slice, Tensor]) -> "Instances":
+    def __getitem__(self, item: int | slice | Tensor) -> "Instances":
         """The selected objects; an int selects a set of one."""
         if isinstance(item, int):
             if not -len(self) <= item < len(self):
@@ -73,7 +73,7 @@ class Instances:
         raise NotImplementedError("Instances cannot be iterated over; index them or use their fields.")
 
     @staticmethod
-    def cat(instance_lists: List["Instances"]) -> "Instances":
+    def cat(instance_lists: list["Instances"]) -> "Instances":
         """Concatenate objects of images of the same size; a list of one gives that very element."""
         first = instance_lists[0]
         if len(instance_lists) == 1:
@@ -90,7 +90,7 @@ class Instances:
         return f"Instances(image_size={self._image_size}, fields=[{fields}])"
 
 
-def _concatenate(values: List[Any]) -> Any:
+def _concatenate(values: list[Any]) -> Any:
     if isinstance(values[0], Tensor):
         return torch.cat(values)
     if isinstance(values[0], list):

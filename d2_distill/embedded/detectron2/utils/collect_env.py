@@ -7,10 +7,9 @@ import os
 import platform
 import sys
 
+import detectron2
 import torch
 from tabulate import tabulate
-
-import detectron2
 
 _MODULES = ("numpy", "torch", "torchvision", "fvcore", "iopath", "PIL", "cv2", "pycocotools")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, List, Optional
+from typing import Any
 
 import numpy as np
 import torch
 from torch import distributed as dist
 
-_LOCAL_PROCESS_GROUP: Optional[dist.ProcessGroup] = None  # this process and the others of its machine
+_LOCAL_PROCESS_GROUP: dist.ProcessGroup | None = None  # this process and the others of its machine
 
 
 def _is_distributed() -> bool:
@@ -66,7 +66,7 @@ def _object_group() -> dist.ProcessGroup:
     return _gloo_group() if dist.get_backend() == dist.Backend.NCCL else dist.group.WORLD
 
 
-def all_gather(data: Any) -> List[Any]:
+def all_gather(data: Any) -> list[Any]:
     """The picklable ``data`` of every process, by rank."""
     if get_world_size() == 1:
         return [data]
@@ -75,7 +75,7 @@ def all_gather(data: Any) -> List[Any]:
     return gathered
 
 
-def gather(data: Any, dst: int = 0) -> List[Any]:
+def gather(data: Any, dst: int = 0) -> list[Any]:
     """The picklable ``data`` of every process, by rank, on process ``dst``; [] on the others."""
     if get_world_size() == 1:
         return [data]

@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import time
-from typing import Optional
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ import torch
 os.environ.setdefault("OPENCV_OPENCL_RUNTIME", "disabled")
 
 
-def seed_all_rng(seed: Optional[int] = None) -> None:
+def seed_all_rng(seed: int | None = None) -> None:
     """Seed Python, numpy and torch (all devices); without a seed, by process and time, which is logged."""
     if seed is None:
         seed = (os.getpid() + time.time_ns()) % 2**31

@@ -8,15 +8,15 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fvcore.common.history_buffer import HistoryBuffer
 
 from .file_io import PathManager
 
-_STORAGES: List["EventStorage"] = []
+_STORAGES: list["EventStorage"] = []
 
 
 def get_event_storage() -> "EventStorage":
@@ -34,13 +34,13 @@ class EventStorage:
 
     def __init__(self, start_iter: int = 0):
         self.iter = start_iter
-        self._histories: Dict[str, HistoryBuffer] = defaultdict(HistoryBuffer)
-        self._smoothing_hints: Dict[str, bool] = {}
-        self._latest: Dict[str, Tuple[float, int]] = {}
+        self._histories: dict[str, HistoryBuffer] = defaultdict(HistoryBuffer)
+        self._smoothing_hints: dict[str, bool] = {}
+        self._latest: dict[str, tuple[float, int]] = {}
         self._prefix = ""
 
     def put_scalar(
-        self, name: str, value: float, smoothing_hint: bool = True, cur_iter: Optional[int] = None
+        self, name: str, value: float, smoothing_hint: bool = True, cur_iter: int | None = None
     ) -> None:
         """Add a value.
 
@@ -56,7 +56,7 @@ class EventStorage:
         self._latest[name] = (value, iteration)
 
     def put_scalars(
-        self, *, smoothing_hint: bool = True, cur_iter: Optional[int] = None, **kwargs: float
+        self, *, smoothing_hint: bool = True, cur_iter: int | None = None, **kwargs: float
     ) -> None:
         """Add a value to each of the scalars named by the keywords."""
         for name, value in kwargs.items():
@@ -77,14 +77,14 @@ class EventStorage:
             raise KeyError(f"No scalar {name!r} was put so far.")
         return self._histories[name]
 
-    def histories(self) -> Dict[str, HistoryBuffer]:
+    def histories(self) -> dict[str, HistoryBuffer]:
         return self._histories
 
-    def latest(self) -> Dict[str, Tuple[float, int]]:
+    def latest(self) -> dict[str, tuple[float, int]]:
         """Name -> last value and its iteration."""
         return self._latest
 
-    def latest_with_smoothing_hint(self, window_size: int = 20) -> Dict[str, Tuple[float, int]]:
+    def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, tuple[float, int]]:
         """As `latest`, with the median over the window in place of values whose hint asks for it."""
         return {
             name: (self._histories[name].median(self.count_samples(name, window_size))
@@ -123,7 +123,7 @@ class _NewScalars:
         self._window_size = window_size
         self._last_iteration = -1
 
-    def take(self, storage: EventStorage) -> Dict[str, Tuple[float, int]]:
+    def take(self, storage: EventStorage) -> dict[str, tuple[float, int]]:
         scalars = {
             name: (value, iteration)
             for name, (value, iteration) in storage.latest_with_smoothing_hint(self._window_size).items()
@@ -141,7 +141,7 @@ class JSONWriter(EventWriter):
         self._scalars = _NewScalars(window_size)
 
     def write(self) -> None:
-        lines: Dict[int, Dict[str, float]] = defaultdict(dict)
+        lines: dict[int, dict[str, float]] = defaultdict(dict)
         for name, (value, iteration) in self._scalars.take(get_event_storage()).items():
             lines[iteration][name] = value
         for iteration, scalars in lines.items():

@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 import sys
-from typing import Optional
 
 from termcolor import colored
 
@@ -40,8 +39,8 @@ class _Formatter(logging.Formatter):
 
 @functools.lru_cache()  # a second call must not add handlers
 def setup_logger(
-    output: Optional[str] = None, distributed_rank: int = 0, *, name: str = "detectron2",
-    abbrev_name: Optional[str] = None,
+    output: str | None = None, distributed_rank: int = 0, *, name: str = "detectron2",
+    abbrev_name: str | None = None,
 ) -> logging.Logger:
     """Let logger ``name`` write to the console (rank 0 only) and to a file.
 

@@ -6,19 +6,18 @@ import contextlib
 import io
 import logging
 import os
-from typing import Any, Dict, List
-
-from pycocotools.coco import COCO
+from typing import Any
 
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
+from pycocotools.coco import COCO
 
 from ..catalog import DatasetCatalog, MetadataCatalog
 
 logger = logging.getLogger(__name__)
 
 
-def load_coco_json(json_file: str, image_root: str, dataset_name: str) -> List[Dict]:
+def load_coco_json(json_file: str, image_root: str, dataset_name: str) -> list[dict]:
     """Dataset dicts of a COCO detection file, in the order of the image ids.
 
     Category ids, sorted, are mapped to 0..K-1, which the data set's metadata tell as ``thing_classes`` and
@@ -65,14 +64,14 @@ def load_coco_json(json_file: str, image_root: str, dataset_name: str) -> List[D
     return dicts
 
 
-def _has_only_broken_polygons(row: Dict[str, Any]) -> bool:
+def _has_only_broken_polygons(row: dict[str, Any]) -> bool:
     polygons = row.get("segmentation")
     if not polygons or isinstance(polygons, dict):  # none, or run-length encoded
         return False
     return not any(len(polygon) % 2 == 0 and len(polygon) >= 6 for polygon in polygons)
 
 
-def _converted(row: Dict[str, Any], id_map: Dict[int, int], json_file: str) -> Dict[str, Any]:
+def _converted(row: dict[str, Any], id_map: dict[int, int], json_file: str) -> dict[str, Any]:
     """An annotation of the file as one of a dataset dict."""
     assert row.get("ignore", 0) == 0, f"'ignore' in '{json_file}' is not supported."
     if len(row["bbox"]) == 0:
@@ -83,7 +82,7 @@ def _converted(row: Dict[str, Any], id_map: Dict[int, int], json_file: str) -> D
     return {**kept, "bbox_mode": BoxMode.XYWH_ABS, "category_id": id_map[row["category_id"]]}
 
 
-def register_coco_instances(name: str, metadata: Dict[str, Any], json_file: str, image_root: str) -> None:
+def register_coco_instances(name: str, metadata: dict[str, Any], json_file: str, image_root: str) -> None:
     """Register a COCO detection file; ``metadata`` (may be empty) is added to the data set's metadata."""
     DatasetCatalog.register(name, lambda: load_coco_json(json_file, image_root, name))
     MetadataCatalog.get(name).set(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import xml.etree.ElementTree as ElementTree
-from typing import Dict, List, Sequence, Tuple
+from collections.abc import Sequence
 
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
@@ -15,15 +15,15 @@ CLASS_NAMES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-_Object = Tuple[str, List[float], bool]  # class, [xmin, ymin, xmax, ymax] as written, whether difficult
+_Object = tuple[str, list[float], bool]  # class, [xmin, ymin, xmax, ymax] as written, whether difficult
 
 
-def read_image_ids(dirname: str, split: str) -> List[str]:
+def read_image_ids(dirname: str, split: str) -> list[str]:
     with PathManager.open(os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")) as f:
         return [line.split()[0] for line in f if line.strip()]
 
 
-def read_annotation(dirname: str, image_id: str) -> Tuple[Tuple[int, int], List[_Object]]:
+def read_annotation(dirname: str, image_id: str) -> tuple[tuple[int, int], list[_Object]]:
     """(height, width) of an image, and its objects."""
     with PathManager.open(os.path.join(dirname, "Annotations", f"{image_id}.xml")) as f:
         tree = ElementTree.parse(f)
@@ -34,7 +34,7 @@ def read_annotation(dirname: str, image_id: str) -> Tuple[Tuple[int, int], List[
     return (int(tree.findtext("size/height")), int(tree.findtext("size/width"))), objects
 
 
-def load_voc_instances(dirname: str, split: str, class_names: Sequence[str]) -> List[Dict]:
+def load_voc_instances(dirname: str, split: str, class_names: Sequence[str]) -> list[dict]:
     """Dataset dicts of one split of a folder with Annotations, ImageSets and JPEGImages.
 
     The files' boxes are 1-based pixel indices with both ends included; taking 1 from xmin and ymin makes them

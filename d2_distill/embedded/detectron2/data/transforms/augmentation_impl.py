@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence, Tuple
 
 import numpy as np
 from fvcore.transforms.transform import (
@@ -67,7 +67,7 @@ class ResizeShortestEdge(Augmentation):
         return ResizeTransform(height, width, *self.get_output_shape(height, width, size, self.max_size))
 
     @staticmethod
-    def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> Tuple[int, int]:
+    def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
         """(height, width) after resizing, each rounded to the nearest pixel."""
         scale = float(short_edge_length) / min(oldh, oldw)
         # the shorter side is set, not multiplied: 480 * (800 / 480) need not be 800
@@ -105,7 +105,7 @@ class RandomCrop(Augmentation):
         x0 = np.random.randint(width - crop_width + 1)
         return CropTransform(x0, y0, crop_width, crop_height, orig_w=width, orig_h=height)
 
-    def get_crop_size(self, image_size: Tuple[int, int]) -> Tuple[int, int]:
+    def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the window in an image of ``image_size`` (height, width)."""
         height, width = image_size
         first, second = self.crop_size

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Dict, Optional
-
-from torch import nn
-
 from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
+from torch import nn
 
 BACKBONE_REGISTRY = Registry("BACKBONE")
 BACKBONE_REGISTRY.__doc__ = "Callables ``(cfg, input_shape: ShapeSpec) -> Backbone``."
@@ -20,15 +17,15 @@ class Backbone(nn.Module):
     order of the output, or override :meth:`output_shape`.
     """
 
-    _out_feature_channels: Dict[str, int]
-    _out_feature_strides: Dict[str, int]
+    _out_feature_channels: dict[str, int]
+    _out_feature_strides: dict[str, int]
 
     @property
     def size_divisibility(self) -> int:
         """The input's height and width must be multiples of this; 0 where any size will do."""
         return 0
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every output."""
         return {
             name: ShapeSpec(channels=channels, stride=self._out_feature_strides[name])
@@ -36,7 +33,7 @@ class Backbone(nn.Module):
         }
 
 
-def build_backbone(cfg, input_shape: Optional[ShapeSpec] = None) -> Backbone:
+def build_backbone(cfg, input_shape: ShapeSpec | None = None) -> Backbone:
     """The backbone named by MODEL.BACKBONE.NAME, for images with as many channels as MODEL.PIXEL_MEAN."""
     if input_shape is None:
         input_shape = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))

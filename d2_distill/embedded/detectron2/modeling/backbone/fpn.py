@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
-from torch import nn
-
 from detectron2.layers import Conv2d, get_norm
+from torch import nn
 
 from .backbone import BACKBONE_REGISTRY, Backbone
 from .resnet import build_resnet_backbone
@@ -29,7 +28,7 @@ class FPN(Backbone):
     """
 
     def __init__(self, bottom_up: Backbone, in_features: Sequence[str], out_channels: int, norm="",
-                 top_block: Optional[nn.Module] = None, fuse_type: str = "sum"):
+                 top_block: nn.Module | None = None, fuse_type: str = "sum"):
         super().__init__()
         assert fuse_type in ("sum", "avg"), f"MODEL.FPN.FUSE_TYPE is {fuse_type!r}, not 'sum' or 'avg'"
         shapes = bottom_up.output_shape()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import List, Sequence, Type
+from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
-from torch import nn
-
 from detectron2.layers import CNNBlockBase, Conv2d, get_norm
+from torch import nn
 
 from .backbone import BACKBONE_REGISTRY, Backbone
 
@@ -141,8 +140,8 @@ class ResNet(Backbone):
         return self
 
     @staticmethod
-    def make_stage(block_class: Type[CNNBlockBase], num_blocks: int, *, in_channels: int, out_channels: int,
-                   stride_per_block: Sequence[int], **kwargs) -> List[CNNBlockBase]:
+    def make_stage(block_class: type[CNNBlockBase], num_blocks: int, *, in_channels: int, out_channels: int,
+                   stride_per_block: Sequence[int], **kwargs) -> list[CNNBlockBase]:
         """Blocks of one resolution; ``kwargs`` go to every block."""
         assert len(stride_per_block) == num_blocks, f"{num_blocks} blocks have strides {stride_per_block}"
         return [

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from torch import nn
-
 from detectron2.utils.registry import Registry
+from torch import nn
 
 META_ARCH_REGISTRY = Registry("META_ARCH")
 META_ARCH_REGISTRY.__doc__ = "Whole models, built from ``(cfg)``."

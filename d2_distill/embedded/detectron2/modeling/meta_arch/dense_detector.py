@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Tuple
-
 import torch
 import torch.nn.functional as F
-from fvcore.nn import sigmoid_focal_loss_jit
-from torch import Tensor, nn
-
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
+from fvcore.nn import sigmoid_focal_loss_jit
+from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..dense_head import permute_to_N_HWA_K
@@ -31,7 +28,7 @@ class DenseDetector(nn.Module):
         pixel_mean, pixel_std: of each channel of the image.
     """
 
-    def __init__(self, backbone: Backbone, head: nn.Module, head_in_features: Optional[List[str]] = None, *,
+    def __init__(self, backbone: Backbone, head: nn.Module, head_in_features: list[str] | None = None, *,
                  pixel_mean, pixel_std):
         super().__init__()
         self.backbone = backbone
@@ -45,7 +42,7 @@ class DenseDetector(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: List[Dict]):
+    def forward(self, batched_inputs: list[dict]):
         """Losses in training, detections otherwise.
 
         Args:
@@ -71,14 +68,14 @@ class DenseDetector(nn.Module):
             outputs.append({"instances": result})
         return outputs
 
-    def preprocess_image(self, batched_inputs: List[Dict]) -> ImageList:
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images, then pad them with 0 to one batch."""
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
     def _transpose_dense_predictions(
-        self, predictions: List[List[Tensor]], dims_per_anchor: List[int]
-    ) -> List[List[Tensor]]:
+        self, predictions: list[list[Tensor]], dims_per_anchor: list[int]
+    ) -> list[list[Tensor]]:
         """Each list of (N, A * K, H, W) as (N, H * W * A, K), K given for each list."""
         return [[permute_to_N_HWA_K(x, K) for x in levels] for levels, K in zip(predictions, dims_per_anchor)]
 
@@ -119,7 +116,7 @@ class AnchorDetector(DenseDetector):
         predictions = self._transpose_dense_predictions(predictions, dims_per_anchor)
         return (self.anchor_generator(features), *predictions)
 
-    def forward_training(self, images, features, predictions, gt_instances) -> Dict[str, Tensor]:
+    def forward_training(self, images, features, predictions, gt_instances) -> dict[str, Tensor]:
         anchors, logits, deltas, *others = self._anchors_and_predictions(features, predictions)
         labels, boxes = self.label_anchors(anchors, gt_instances)
         return self.losses(anchors, logits, labels, deltas, boxes, *others)
@@ -137,7 +134,7 @@ class AnchorDetector(DenseDetector):
         self.loss_normalizer = 0.9 * getattr(self, "loss_normalizer", initial) + 0.1 * max(num_positive, 1)
         return self.loss_normalizer
 
-    def forward_inference(self, images, features, predictions) -> List[Instances]:
+    def forward_inference(self, images, features, predictions) -> list[Instances]:
         anchors, logits, deltas, *others = self._anchors_and_predictions(features, predictions)
         scores = [self._scores(*level) for level in zip(logits, *others)]
         return [
@@ -146,7 +143,7 @@ class AnchorDetector(DenseDetector):
         ]
 
     def inference_single_image(
-        self, anchors: List[Boxes], scores: List[Tensor], deltas: List[Tensor], image_size: Tuple[int, int],
+        self, anchors: list[Boxes], scores: list[Tensor], deltas: list[Tensor], image_size: tuple[int, int],
     ) -> Instances:
         """Detections of one image from per-level (R_l, K) scores and (R_l, 4) deltas, best first."""
         candidates = Instances.cat([
@@ -156,7 +153,7 @@ class AnchorDetector(DenseDetector):
         return candidates[keep[: self.max_detections_per_image]]
 
     def _best_of_level(
-        self, anchors: Boxes, scores: Tensor, deltas: Tensor, image_size: Tuple[int, int]
+        self, anchors: Boxes, scores: Tensor, deltas: Tensor, image_size: tuple[int, int]
     ) -> Instances:
         """The (anchor, class) pairs of highest score, of those above the threshold."""
         rows, classes = (scores > self.test_score_thresh).nonzero(as_tuple=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import List, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from detectron2.layers import ShapeSpec, cat
 from detectron2.structures import Boxes, Instances, pairwise_point_box_distance
+from torch import nn
 
 from ..anchor_generator import DefaultAnchorGenerator
 from ..box_regression import Box2BoxTransformLinear, _dense_box_regression_loss
@@ -62,7 +60,7 @@ class FCOS(AnchorDetector):
             "loss_fcos_ctr": loss_ctr / normalizer,
         }
 
-    def _match_anchors(self, gt_boxes: Boxes, anchors: List[Boxes]) -> torch.Tensor:
+    def _match_anchors(self, gt_boxes: Boxes, anchors: list[Boxes]) -> torch.Tensor:
         """(R,) index of the ground truth that each pixel belongs to, -1 for background (section 3.2, 3.3)."""
         squares = Boxes.cat(anchors)
         if len(gt_boxes) == 0:
@@ -87,8 +85,8 @@ class FCOS(AnchorDetector):
 
     @torch.no_grad()
     def label_anchors(
-        self, anchors: List[Boxes], gt_instances: List[Instances]
-    ) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Label every pixel of every image.
 
         Returns:
@@ -109,7 +107,7 @@ class FCOS(AnchorDetector):
         return gt_labels, gt_boxes
 
     @torch.no_grad()
-    def compute_ctrness_targets(self, anchors: List[Boxes], gt_boxes: List[torch.Tensor]) -> torch.Tensor:
+    def compute_ctrness_targets(self, anchors: list[Boxes], gt_boxes: list[torch.Tensor]) -> torch.Tensor:
         """(N, R) centerness (equation 3) of each pixel in its box; meaningless for background."""
         distances = self.box2box_transform.get_deltas(Boxes.cat(anchors).tensor, torch.stack(gt_boxes))
         horizontal, vertical = (
@@ -130,12 +128,12 @@ class FCOSHead(RetinaNetHead):
         kwargs: the other arguments of :class:`RetinaNetHead`, but for ``num_anchors``.
     """
 
-    def __init__(self, *, input_shape: List[ShapeSpec], conv_dims: List[int], **kwargs):
+    def __init__(self, *, input_shape: list[ShapeSpec], conv_dims: list[int], **kwargs):
         super().__init__(input_shape=input_shape, conv_dims=conv_dims, num_anchors=1, **kwargs)
         self.ctrness = nn.Conv2d(conv_dims[-1], 1, kernel_size=3, padding=1)
         fill_convs(self.ctrness)
 
-    def forward(self, features: List[torch.Tensor]):
+    def forward(self, features: list[torch.Tensor]):
         """Each level's raw class logits (N, K, H_l, W_l), distances (N, 4, ..) and centerness (N, 1, ..)."""
         logits, deltas, centerness = [], [], []
         for x in features:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
-
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import ImageList
+from torch import nn
 
 from ..backbone import Backbone, build_backbone
 from ..postprocessing import detector_postprocess
@@ -35,7 +35,7 @@ class GeneralizedRCNN(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         model = cfg.MODEL
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
@@ -51,7 +51,7 @@ class GeneralizedRCNN(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: List[Dict[str, Any]]) -> Any:
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """A dict of losses in training, otherwise ``{"instances": detections}`` of every image.
 
         Args:
@@ -75,7 +75,7 @@ class GeneralizedRCNN(nn.Module):
             for result, x, (height, width) in zip(results, batched_inputs, images.image_sizes)
         ]
 
-    def preprocess_image(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Normalised and then padded images, on the model's device."""
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)

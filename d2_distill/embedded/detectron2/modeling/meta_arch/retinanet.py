@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import List, Tuple
 
 import torch
-from torch import nn
-
 from detectron2.config import configurable
 from detectron2.layers import CycleBatchNormList, ShapeSpec, cat, get_norm
 from detectron2.structures import Boxes, Instances, pairwise_iou
+from torch import nn
 
 from ..anchor_generator import build_anchor_generator
 from ..backbone import build_backbone
@@ -91,8 +89,8 @@ class RetinaNet(AnchorDetector):
 
     @torch.no_grad()
     def label_anchors(
-        self, anchors: List[Boxes], gt_instances: List[Instances]
-    ) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Label every anchor of every image.
 
         Returns:
@@ -132,7 +130,7 @@ class RetinaNetHead(nn.Module):
     """
 
     @configurable
-    def __init__(self, *, input_shape: List[ShapeSpec], num_classes, num_anchors, conv_dims: List[int],
+    def __init__(self, *, input_shape: list[ShapeSpec], num_classes, num_anchors, conv_dims: list[int],
                  norm="", prior_prob=0.01):
         super().__init__()
         if norm in ("BN", "SyncBN"):
@@ -155,7 +153,7 @@ class RetinaNetHead(nn.Module):
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
 
     @classmethod
-    def from_config(cls, cfg, input_shape: List[ShapeSpec]):
+    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
         return {
             "input_shape": input_shape,
             "num_classes": cfg.MODEL.RETINANET.NUM_CLASSES,
@@ -165,7 +163,7 @@ class RetinaNetHead(nn.Module):
             "prior_prob": cfg.MODEL.RETINANET.PRIOR_PROB,
         }
 
-    def forward(self, features: List[torch.Tensor]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+    def forward(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Raw class logits (N, A * K, H_l, W_l) and box deltas (N, A * 4, H_l, W_l) of each level."""
         logits = [self.cls_score(self.cls_subnet(x)) for x in features]
         deltas = [self.bbox_pred(self.bbox_subnet(x)) for x in features]

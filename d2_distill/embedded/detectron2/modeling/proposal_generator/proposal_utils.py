@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import List, Tuple
 
 import torch
-from torch import Tensor
-
 from detectron2.layers import batched_nms, cat
 from detectron2.structures import Boxes, Instances
+from torch import Tensor
 
 # The objectness of a ground-truth box: the logit of a probability of almost 1.
 _GT_LOGIT = math.log((1.0 - 1e-10) / (1.0 - (1.0 - 1e-10)))
 
 
 def find_top_rpn_proposals(
-    proposals: List[Tensor], pred_objectness_logits: List[Tensor], image_sizes: List[Tuple[int, int]],
+    proposals: list[Tensor], pred_objectness_logits: list[Tensor], image_sizes: list[tuple[int, int]],
     nms_thresh: float, pre_nms_topk: int, post_nms_topk: int, min_box_size: float, training: bool,
-) -> List[Instances]:
+) -> list[Instances]:
     """The best boxes of every image after non-maximum suppression within each level.
 
     Args:
@@ -54,7 +52,7 @@ def find_top_rpn_proposals(
     return results
 
 
-def add_ground_truth_to_proposals(gt: List[Instances], proposals: List[Instances]) -> List[Instances]:
+def add_ground_truth_to_proposals(gt: list[Instances], proposals: list[Instances]) -> list[Instances]:
     """Per image, the proposals followed by its ground-truth boxes, whose objectness is almost certain."""
     results = []
     for truth, found in zip(gt, proposals):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, cat
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.registry import Registry
+from torch import Tensor, nn
 
 from ..anchor_generator import build_anchor_generator
 from ..box_regression import Box2BoxTransform, _dense_box_regression_loss
@@ -54,7 +54,7 @@ class StandardRPNHead(nn.Module):
         fill_convs(self)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: List[ShapeSpec]) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
         channels = {shape.channels for shape in input_shape}
         assert len(channels) == 1, f"MODEL.RPN.IN_FEATURES must have equal channels, got {sorted(channels)}."
         return {
@@ -63,7 +63,7 @@ class StandardRPNHead(nn.Module):
             "conv_dims": cfg.MODEL.RPN.CONV_DIMS,
         }
 
-    def forward(self, features: List[Tensor]) -> Tuple[List[Tensor], List[Tensor]]:
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Per level, objectness logits (N, A, H, W) and deltas (N, A * 4, H, W)."""
         hidden = [self.conv(feature) for feature in features]
         return [self.objectness_logits(x) for x in hidden], [self.anchor_deltas(x) for x in hidden]
@@ -75,10 +75,10 @@ class RPN(nn.Module):
 
     @configurable
     def __init__(
-        self, *, in_features: List[str], head: nn.Module, anchor_generator: nn.Module,
+        self, *, in_features: list[str], head: nn.Module, anchor_generator: nn.Module,
         anchor_matcher: Matcher, box2box_transform: Box2BoxTransform, batch_size_per_image: int,
-        positive_fraction: float, pre_nms_topk: Tuple[int, int], post_nms_topk: Tuple[int, int],
-        nms_thresh: float, min_box_size: float, anchor_boundary_thresh: float, loss_weight: Dict[str, float],
+        positive_fraction: float, pre_nms_topk: tuple[int, int], post_nms_topk: tuple[int, int],
+        nms_thresh: float, min_box_size: float, anchor_boundary_thresh: float, loss_weight: dict[str, float],
         box_reg_loss_type: str, smooth_l1_beta: float,
     ):
         """
@@ -106,7 +106,7 @@ class RPN(nn.Module):
         self.smooth_l1_beta = smooth_l1_beta
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         rpn = cfg.MODEL.RPN
         shapes = [input_shape[name] for name in rpn.IN_FEATURES]
         return {
@@ -131,8 +131,8 @@ class RPN(nn.Module):
         }
 
     def forward(
-        self, images: ImageList, features: Dict[str, Tensor], gt_instances: Optional[List[Instances]] = None,
-    ) -> Tuple[List[Instances], Dict[str, Tensor]]:
+        self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
         """Proposals of every image (without gradient), and in training the losses."""
         maps = [features[name] for name in self.in_features]
         anchors = self.anchor_generator(maps)
@@ -148,8 +148,8 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def label_and_sample_anchors(
-        self, anchors: List[Boxes], gt_instances: List[Instances],
-    ) -> Tuple[List[Tensor], List[Tensor]]:
+        self, anchors: list[Boxes], gt_instances: list[Instances],
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Per image, labels (R,) in {-1: not sampled, 0, 1} and the matched ground-truth boxes (R, 4)."""
         all_anchors = Boxes.cat(anchors)
         gt_labels, matched_gt_boxes = [], []
@@ -167,9 +167,9 @@ class RPN(nn.Module):
         return gt_labels, matched_gt_boxes
 
     def losses(
-        self, anchors: List[Boxes], pred_objectness_logits: List[Tensor], gt_labels: List[Tensor],
-        pred_anchor_deltas: List[Tensor], gt_boxes: List[Tensor],
-    ) -> Dict[str, Tensor]:
+        self, anchors: list[Boxes], pred_objectness_logits: list[Tensor], gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor], gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
         """``loss_rpn_cls`` and ``loss_rpn_loc``, sums over ``batch_size_per_image`` times the images.
 
         Args:
@@ -194,9 +194,9 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def predict_proposals(
-        self, anchors: List[Boxes], pred_objectness_logits: List[Tensor], pred_anchor_deltas: List[Tensor],
-        image_sizes: List[Tuple[int, int]],
-    ) -> List[Instances]:
+        self, anchors: list[Boxes], pred_objectness_logits: list[Tensor], pred_anchor_deltas: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> list[Instances]:
         """Decoded and selected proposals of every image; no gradient flows through them."""
         decoded = []
         for level_anchors, deltas in zip(anchors, pred_anchor_deltas):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Sequence
-
-from fvcore.nn import weight_init
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.utils.registry import Registry
+from fvcore.nn import weight_init
+from torch import nn
 
 ROI_BOX_HEAD_REGISTRY = Registry("ROI_BOX_HEAD")
 ROI_BOX_HEAD_REGISTRY.__doc__ = "Modules (cfg, input_shape) from pooled features to per-region vectors."
@@ -58,7 +58,7 @@ class FastRCNNConvFCHead(nn.Sequential):
                 weight_init.c2_xavier_fill(layer)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         head = cfg.MODEL.ROI_BOX_HEAD
         return {
             "input_shape": input_shape,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
 
 from ..box_regression import Box2BoxTransform
 from ..matcher import Matcher
@@ -40,7 +40,7 @@ class CascadeROIHeads(StandardROIHeads):
         self.proposal_matchers = list(proposal_matchers)
 
     @classmethod
-    def _init_box_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         heads, cascade = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_CASCADE_HEAD
         assert cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG, (
             "CascadeROIHeads needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True.")
@@ -62,8 +62,8 @@ class CascadeROIHeads(StandardROIHeads):
         }
 
     def _losses(
-        self, features: Dict[str, Tensor], proposals: List[Instances], targets: List[Instances]
-    ) -> Dict[str, Tensor]:
+        self, features: dict[str, Tensor], proposals: list[Instances], targets: list[Instances]
+    ) -> dict[str, Tensor]:
         """``loss_cls_stage0``, ``loss_box_reg_stage0``, ``loss_cls_stage1``, ..."""
         losses = {}
         for stage, predictor in enumerate(self.box_predictor):
@@ -75,7 +75,7 @@ class CascadeROIHeads(StandardROIHeads):
             losses.update({f"{name}_stage{stage}": loss for name, loss in of_stage.items()})
         return losses
 
-    def _detect(self, features: Dict[str, Tensor], proposals: List[Instances]) -> List[Instances]:
+    def _detect(self, features: dict[str, Tensor], proposals: list[Instances]) -> list[Instances]:
         """Boxes of the last stage with the mean of all stages' class probabilities."""
         probs = []
         for stage, predictor in enumerate(self.box_predictor):
@@ -89,7 +89,7 @@ class CascadeROIHeads(StandardROIHeads):
             [p.image_size for p in proposals],
             predictor.test_score_thresh, predictor.test_nms_thresh, predictor.test_topk_per_image)[0]
 
-    def _predict(self, features: Dict[str, Tensor], proposals: List[Instances], stage: int) -> Predictions:
+    def _predict(self, features: dict[str, Tensor], proposals: list[Instances], stage: int) -> Predictions:
         pooled = self._pool(features, proposals)
         if pooled.requires_grad:
             # The stages together teach the features as much as one box head would.
@@ -97,7 +97,7 @@ class CascadeROIHeads(StandardROIHeads):
         return self.box_predictor[stage](self.box_head[stage](pooled))
 
     @torch.no_grad()
-    def _refine(self, predictions: Predictions, proposals: List[Instances], stage: int) -> List[Instances]:
+    def _refine(self, predictions: Predictions, proposals: list[Instances], stage: int) -> list[Instances]:
         """Proposals of a stage: the boxes that the last one predicted, in training without empty ones."""
         refined = []
         for last, boxes in zip(proposals, self.box_predictor[stage - 1].predict_boxes(predictions, proposals)):
@@ -109,7 +109,7 @@ class CascadeROIHeads(StandardROIHeads):
         return refined
 
     @torch.no_grad()
-    def _label(self, proposals: List[Instances], targets: List[Instances], stage: int) -> List[Instances]:
+    def _label(self, proposals: list[Instances], targets: list[Instances], stage: int) -> list[Instances]:
         """Gives each proposal ``gt_classes`` and, where the image has objects, ``gt_boxes`` of its match."""
         for image, target in zip(proposals, targets):
             matches, labels = self.proposal_matchers[stage](pairwise_iou(target.gt_boxes, image.proposal_boxes))

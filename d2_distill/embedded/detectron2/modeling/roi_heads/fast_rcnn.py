@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, batched_nms, cat, cross_entropy
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
 
 from ..box_regression import Box2BoxTransform, _dense_box_regression_loss
 
-Predictions = Tuple[Tensor, Tensor]  # class logits and box deltas of all regions of a batch
+Predictions = tuple[Tensor, Tensor]  # class logits and box deltas of all regions of a batch
 
 
 def fast_rcnn_inference(
-    boxes: Sequence[Tensor], scores: Sequence[Tensor], image_shapes: List[Tuple[int, int]],
+    boxes: Sequence[Tensor], scores: Sequence[Tensor], image_shapes: list[tuple[int, int]],
     score_thresh: float, nms_thresh: float, topk_per_image: int,
-) -> Tuple[List[Instances], List[Tensor]]:
+) -> tuple[list[Instances], list[Tensor]]:
     """Detections of every image after thresholding, class-wise suppression and the limit on their number.
 
     Args:
@@ -42,9 +42,9 @@ def fast_rcnn_inference(
 
 
 def _detections_of_image(
-    boxes: Tensor, scores: Tensor, image_shape: Tuple[int, int],
+    boxes: Tensor, scores: Tensor, image_shape: tuple[int, int],
     score_thresh: float, nms_thresh: float, topk_per_image: int,
-) -> Tuple[Instances, Tensor]:
+) -> tuple[Instances, Tensor]:
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
     boxes, scores = boxes[finite], scores[finite][:, :-1]
     num_box_columns = boxes.shape[1] // 4
@@ -87,7 +87,7 @@ class FastRCNNOutputLayers(nn.Module):
         self, input_shape: ShapeSpec, *, box2box_transform: Box2BoxTransform, num_classes: int,
         test_score_thresh: float, test_nms_thresh: float, test_topk_per_image: int,
         cls_agnostic_bbox_reg: bool, box_reg_loss_type: str, smooth_l1_beta: float,
-        loss_weight: Dict[str, float],
+        loss_weight: dict[str, float],
     ):
         """
         Args:
@@ -111,7 +111,7 @@ class FastRCNNOutputLayers(nn.Module):
         self.loss_weight = loss_weight
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         head = cfg.MODEL.ROI_BOX_HEAD
         return {
             "input_shape": input_shape,
@@ -131,7 +131,7 @@ class FastRCNNOutputLayers(nn.Module):
         x = x.flatten(1)
         return self.cls_score(x), self.bbox_pred(x)
 
-    def losses(self, predictions: Predictions, proposals: List[Instances]) -> Dict[str, Tensor]:
+    def losses(self, predictions: Predictions, proposals: list[Instances]) -> dict[str, Tensor]:
         """``loss_cls`` and ``loss_box_reg``.
 
         Args:
@@ -164,20 +164,20 @@ class FastRCNNOutputLayers(nn.Module):
         return loss / max(gt_classes.numel(), 1)
 
     def inference(
-        self, predictions: Predictions, proposals: List[Instances],
-    ) -> Tuple[List[Instances], List[Tensor]]:
+        self, predictions: Predictions, proposals: list[Instances],
+    ) -> tuple[list[Instances], list[Tensor]]:
         """Detections of every image, see :func:`fast_rcnn_inference`."""
         return fast_rcnn_inference(
             self.predict_boxes(predictions, proposals), self.predict_probs(predictions, proposals),
             [p.image_size for p in proposals],
             self.test_score_thresh, self.test_nms_thresh, self.test_topk_per_image)
 
-    def predict_boxes(self, predictions: Predictions, proposals: List[Instances]) -> Sequence[Tensor]:
+    def predict_boxes(self, predictions: Predictions, proposals: list[Instances]) -> Sequence[Tensor]:
         """Per image, boxes (R, 4K or 4) of the regions, not clipped."""
         sources = Boxes.cat([p.proposal_boxes for p in proposals]).tensor
         boxes = self.box2box_transform.apply_deltas(predictions[1], sources)
         return boxes.split([len(p) for p in proposals])
 
-    def predict_probs(self, predictions: Predictions, proposals: List[Instances]) -> Sequence[Tensor]:
+    def predict_probs(self, predictions: Predictions, proposals: list[Instances]) -> Sequence[Tensor]:
         """Per image, probabilities (R, K + 1) of the classes and the background."""
         return predictions[0].softmax(dim=-1).split([len(p) for p in proposals])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.structures import ImageList, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.registry import Registry
+from torch import Tensor, nn
 
 from ..matcher import Matcher
 from ..poolers import ROIPooler
@@ -31,7 +30,7 @@ class StandardROIHeads(nn.Module):
     @configurable
     def __init__(
         self, *, num_classes: int, batch_size_per_image: int, positive_fraction: float,
-        proposal_matcher: Matcher, proposal_append_gt: bool, box_in_features: List[str],
+        proposal_matcher: Matcher, proposal_append_gt: bool, box_in_features: list[str],
         box_pooler: ROIPooler, box_head: nn.Module, box_predictor: nn.Module,
     ):
         """
@@ -51,7 +50,7 @@ class StandardROIHeads(nn.Module):
         self.box_predictor = box_predictor
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         heads = cfg.MODEL.ROI_HEADS
         return {
             "num_classes": heads.NUM_CLASSES,
@@ -63,7 +62,7 @@ class StandardROIHeads(nn.Module):
         }
 
     @classmethod
-    def _init_box_head(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         pooling, pooled_shape = cls._init_pooling(cfg, input_shape)
         box_head = build_box_head(cfg, pooled_shape)
         return {
@@ -72,8 +71,8 @@ class StandardROIHeads(nn.Module):
 
     @staticmethod
     def _init_pooling(
-        cfg: CfgNode, input_shape: Dict[str, ShapeSpec]
-    ) -> Tuple[Dict[str, Any], ShapeSpec]:
+        cfg: CfgNode, input_shape: dict[str, ShapeSpec]
+    ) -> tuple[dict[str, Any], ShapeSpec]:
         """Arguments that say what is pooled and how, and the shape of a pooled region."""
         names, box_branch = cfg.MODEL.ROI_HEADS.IN_FEATURES, cfg.MODEL.ROI_BOX_HEAD
         shapes = [input_shape[name] for name in names]
@@ -87,9 +86,9 @@ class StandardROIHeads(nn.Module):
         return {"box_in_features": names, "box_pooler": pooler}, pooled_shape
 
     def forward(
-        self, images: ImageList, features: Dict[str, Tensor], proposals: List[Instances],
-        targets: Optional[List[Instances]] = None,
-    ) -> Tuple[List[Instances], Dict[str, Tensor]]:
+        self, images: ImageList, features: dict[str, Tensor], proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
         """In training (sampled proposals, losses), otherwise (detections, {})."""
         if self.training:
             proposals = self.label_and_sample_proposals(proposals, targets)
@@ -97,23 +96,23 @@ class StandardROIHeads(nn.Module):
         return self._detect(features, proposals), {}
 
     def _losses(
-        self, features: Dict[str, Tensor], proposals: List[Instances], targets: List[Instances]
-    ) -> Dict[str, Tensor]:
+        self, features: dict[str, Tensor], proposals: list[Instances], targets: list[Instances]
+    ) -> dict[str, Tensor]:
         predictions = self.box_predictor(self.box_head(self._pool(features, proposals)))
         return self.box_predictor.losses(predictions, proposals)
 
-    def _detect(self, features: Dict[str, Tensor], proposals: List[Instances]) -> List[Instances]:
+    def _detect(self, features: dict[str, Tensor], proposals: list[Instances]) -> list[Instances]:
         predictions = self.box_predictor(self.box_head(self._pool(features, proposals)))
         return self.box_predictor.inference(predictions, proposals)[0]
 
-    def _pool(self, features: Dict[str, Tensor], proposals: List[Instances]) -> Tensor:
+    def _pool(self, features: dict[str, Tensor], proposals: list[Instances]) -> Tensor:
         maps = [features[name] for name in self.box_in_features]
         return self.box_pooler(maps, [p.proposal_boxes for p in proposals])
 
     @torch.no_grad()
     def label_and_sample_proposals(
-        self, proposals: List[Instances], targets: List[Instances]
-    ) -> List[Instances]:
+        self, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
         """Per image, sampled proposals with ``gt_classes`` and every ``gt_*`` field of their matched object.
 
         Images without ground truth give background only, and no ``gt_*`` field but the class.
@@ -140,7 +139,7 @@ class StandardROIHeads(nn.Module):
         storage.put_scalar("roi_head/num_bg_samples", num_background / len(targets))
         return results
 
-    def _sample_proposals(self, matches: Tensor, labels: Tensor, gt_classes: Tensor) -> Tuple[Tensor, Tensor]:
+    def _sample_proposals(self, matches: Tensor, labels: Tensor, gt_classes: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the sampled proposals, foreground first, and their classes (K = background)."""
         if gt_classes.numel() > 0:
             classes = gt_classes[matches]

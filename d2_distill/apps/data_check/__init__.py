@@ -1,0 +1,1 @@
+"""Inspect data sets and report statistics and every problem at once."""

@@ -1,0 +1,50 @@
+"""From a RoI back to where a one-stage student proposed it: what the student's tower knows there."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.structures import Instances
+from torch import nn
+
+from ..layers.per_anchor_linear import PerAnchorLinear
+from ..staged import DenseRun, StagedDense, Tap, Taps
+from .proposals import gather_positions, has_position
+
+BRANCH = "cls"
+
+
+class TracedAdapter(nn.Module):
+    """The student's classification tower at the positions that proposed the RoIs, through a linear layer.
+
+    Args:
+        student: one-stage detector.
+        tap: where its tower is read.
+        out_dim: channels of what it is compared with.
+        per_anchor: one layer for each anchor of a cell, not one for all.
+    """
+
+    def __init__(self, student: StagedDense, tap: Tap, out_dim: int, *, per_anchor: bool) -> None:
+        super().__init__()
+        self.tap = tap
+        channels = student.tap_channels(BRANCH, tap.position)
+        num_anchors = student.model.anchor_generator.num_anchors[0] if per_anchor else 1
+        self.linear = PerAnchorLinear(channels, out_dim, num_anchors)
+
+    def taps(self) -> Taps:
+        return {BRANCH: frozenset({self.tap})}
+
+    def forward(
+        self, student: DenseRun, sampled: list[Instances], target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            sampled: RoIs with ``positions``, R in all.
+            target: (R, out_dim), of each RoI.
+
+        Returns:
+            the adapted features (R', out_dim) and ``target``, both of the RoIs that are no ground-truth boxes.
+        """
+        positions = [image.positions for image in sampled]
+        kept = has_position(positions)
+        x = gather_positions(student.taps[BRANCH][self.tap], positions)
+        return self.linear(x, torch.cat(positions)[kept, 3]), target[kept]

@@ -1,0 +1,1 @@
+"""Box geometry and overlaps; functions of tensors only."""

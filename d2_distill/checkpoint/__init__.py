@@ -1,0 +1,1 @@
+"""Load checkpoints exactly, also those of slimmable networks."""

@@ -1,0 +1,60 @@
+"""The plain detector that a config describes, distilled or not."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from torch import nn
+
+from ..backbones import fix_statistics, unsynchronise
+from ..backbones.low_resolution import require_levels_used
+from ..errors import UserError
+from ..postprocess import select_nms
+from . import MultiScaleDetector
+
+DISTILLER = "Distiller"
+
+
+def plain_config(cfg: CfgNode) -> CfgNode:
+    """The config of the plain student: its own meta-architecture in the place of the distiller's."""
+    if cfg.MODEL.META_ARCHITECTURE != DISTILLER:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.DISTILL.STUDENT
+    cfg.freeze()
+    return cfg
+
+
+def build_detector(cfg: CfgNode) -> nn.Module:
+    """Build the detector without teacher, methods or adapters, on ``MODEL.DEVICE``, weights not loaded.
+
+    Raises:
+        UserError: its meta-architecture is unknown, or a key asks for what its backbone does not have,
+            or ``TEST.NMS`` for what the detector cannot do.
+    """
+    key = "MODEL.DISTILL.STUDENT" if cfg.MODEL.META_ARCHITECTURE == DISTILLER else "MODEL.META_ARCHITECTURE"
+    cfg = plain_config(cfg)
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name == DISTILLER or name not in META_ARCH_REGISTRY:
+        known = sorted(entry for entry, _ in META_ARCH_REGISTRY if entry != DISTILLER)
+        raise UserError(f"{key} is {name!r}, which is no detector; choose one of {', '.join(known)}.")
+    model = build_model(cfg)
+    require_levels_used(model)
+    if model.device.type == "cpu":
+        unsynchronise(model)
+    if cfg.MODEL.BACKBONE.FIXED_BN_STATISTICS:
+        fix_statistics(model.backbone)
+    select_nms(model, cfg.TEST.NMS)
+    return model
+
+
+def num_classes_key(cfg: CfgNode) -> str:
+    """The config key that sets the number of classes of the detector's head."""
+    name = plain_config(cfg).MODEL.META_ARCHITECTURE
+    if name == MultiScaleDetector.__name__:
+        name = cfg.MODEL.MSAD.DETECTOR
+    for family in ("FCOS", "RETINANET", "ATSS", "GFL"):
+        if family in name.upper():
+            return f"MODEL.{family}.NUM_CLASSES"
+    return "MODEL.ROI_HEADS.NUM_CLASSES"

@@ -1,0 +1,1 @@
+"""Layers that several detectors, backbones or methods use."""

@@ -1,0 +1,62 @@
+"""Weights by iteration, and the sentences for a config that describes none."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from d2_distill.errors import UserError
+from d2_distill.methods.schedules import build_schedule, is_constant
+
+
+@pytest.mark.parametrize(
+    "factor, values",
+    [
+        (["Warmup", 4], {0: 0.0, 1: 0.25, 3: 0.75, 4: 1.0, 100: 1.0}),
+        (["Warmup", 0], {0: 1.0, 1: 1.0}),
+        (["EarlyStop", 4], {0: 1.0, 4: 1.0, 5: 0.0}),
+        (["Decay", 4], {0: 1.0, 1: 0.75, 4: 0.0, 9: 0.0}),
+        (["Linear", 2.0, 6.0, 10, 14], {0: 2.0, 10: 2.0, 11: 3.0, 14: 6.0, 99: 6.0}),
+        (["Constant", 0.5], {0: 0.5, 7: 0.5}),
+    ],
+)
+def test_factors(factor, values):
+    schedule = build_schedule([factor])
+    assert {iteration: schedule(iteration) for iteration in values} == values
+
+
+def test_factors_multiply_and_none_is_one():
+    schedule = build_schedule((("Warmup", 10), ["EarlyStop", 20], ("Constant", 3)))
+    assert [schedule(iteration) for iteration in (0, 5, 20, 21)] == [0.0, 1.5, 3.0, 0.0]
+    assert build_schedule([])(12345) == 1
+
+
+def test_only_the_empty_schedule_is_constant():
+    assert is_constant(build_schedule([])) and is_constant(build_schedule(()))
+    assert not is_constant(build_schedule([["Warmup", 0]])) and not is_constant(lambda iteration: 1.0)
+
+
+def test_a_schedule_can_be_pickled():
+    assert pickle.loads(pickle.dumps(build_schedule([["Decay", 8]])))(2) == 0.75
+
+
+@pytest.mark.parametrize(
+    "spec, part",
+    [
+        ("Warmup", "KEY is 'Warmup'"),
+        (["Warmup", 2000], r"KEY\[0\] is 'Warmup'"),
+        ([["Warmup", 5], ["Cosine", 5]], r"KEY\[1\] is \['Cosine', 5\]; the factors are Warmup, EarlyStop"),
+        ([["Warmup"]], "takes the numbers length"),
+        ([["Warmup", "5"]], "takes the numbers length"),
+        ([["EarlyStop", 5, 6]], "takes the numbers last"),
+        ([["EarlyStop", True]], "takes the numbers last"),
+        ([["Linear", 0.0, 1.0, 9, 5]], "ascending"),
+        ([["Decay", -1]], "0 or more"),
+        ([[]], r"KEY\[0\] is \[\]"),
+        ([[["Warmup"], 3]], "the factors are"),
+    ],
+)
+def test_a_bad_entry_is_named(spec, part):
+    with pytest.raises(UserError, match=part):
+        build_schedule(spec, key="KEY")
