@@ -1,12 +1,11 @@
 """CWD, channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256): channels peak where the teacher's do."""
 
 import torch
-from detectron2.config import CfgNode
-
 from d2_distill.losses import kd_kl_div_loss
 from d2_distill.methods import DISTILL_METHOD_REGISTRY, DistillMethod
 from d2_distill.methods.pairing import pair_features, require_teacher
 from d2_distill.methods.schedules import build_schedule
+from detectron2.config import CfgNode
 
 
 def add_config(cfg):  # called before a config is read
