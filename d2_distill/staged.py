@@ -8,90 +8,73 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, wraps
-from typing import (
-    Any,
-    Callable,
-    NamedTuple,
-)
+from typing import Any, Callable, NamedTuple
 
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import ImageList, Instances
 from torch import nn
 
 from .assigners import Assignment, GroundTruth
+from .boxes.anchor_grid import AnchorGrid
 from .errors import UserError
 from .layers.class_outputs import keep_outputs
+from .layers.tower import Tap, Tower
+from .losses import mean_over_processes
+
+# What kinds of detectors there are; methods say by these which they can teach.
+FAMILIES = ("dense", "two-stage", "query")
+
+Taps = Mapping[str, frozenset[Tap]]
 
 
 class stage(cached_property):
-    """A field of a run, computed at the first access; without gradient if the run is frozen."""
+    """A field of a run, computed at the first access, with gradient if the run has it, whoever asks first."""
 
     def __init__(self, compute: Callable[[Any], Any]) -> None:
         @wraps(compute)
-        def guarded(run: "Run") -> Any:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not run.frozen):
+        def guarded(run: Run) -> Any:
+            with torch.set_grad_enabled(run.with_gradient):
                 return compute(run)
 
         super().__init__(guarded)
 
 
-class Tap(NamedTuple):
-    """A place in a tower: behind ``position`` blocks; 0 is the feature map in front of it.
+class Predictor(NamedTuple):
+    """A prediction layer and the places in the towers that it reads, (branch, tap) each."""
 
-    With ``activated`` False it lies in front of the activation of the last of these blocks.
-    """
-
-    position: int
-    activated: bool = True
-
-
-Taps = Mapping[str, frozenset[Tap]]
-
-
-class Tower:
-    """A head branch of n blocks (conv, norm, activation) that can be run from any tap to any later one.
-
-    It is a view of the layers of an ``nn.Sequential``, whose state-dict names stay; each ReLU ends a block.
-    """
-
-    def __init__(self, layers: nn.Sequential) -> None:
-        self.layers = list(layers)
-        self._ends = [0] + [end for end, layer in enumerate(layers, start=1) if isinstance(layer, nn.ReLU)]
-        assert self._ends[-1] == len(self.layers), "a tower must end with an activation"
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @property
-    def end(self) -> Tap:
-        return Tap(len(self))
-
-    def run(self, x: torch.Tensor, start: Tap = Tap(0), stop: Tap | None = None) -> torch.Tensor:
-        """Feature (N, C, H, W) at the tap ``start`` to that at ``stop``, by default the tower's end."""
-        for layer in self.layers[self._depth(start) : self._depth(stop or self.end)]:
-            x = layer(x)
-        return x
-
-    def _depth(self, tap: Tap) -> int:
-        """Number of layers in front of a tap."""
-        return self._ends[tap.position] - (not tap.activated)
-
-    def out_channels(self, position: int) -> int:
-        """Channels behind ``position`` >= 1 blocks."""
-        block = self.layers[self._ends[position - 1] : self._ends[position]]
-        return next(layer for layer in block if isinstance(layer, nn.Conv2d)).out_channels
+    reads: tuple[tuple[str, Tap], ...]
+    layer: nn.Module
 
 
 class StagedDetector:
-    """How one meta-architecture is run in stages. Holds the model, owns no parameter."""
+    """How one meta-architecture is run in stages. Holds the model, owns no parameter.
+
+    Attributes:
+        family: one of :data:`FAMILIES`.
+        is_wrapper: whether the model runs another detector inside.
+    """
+
+    family: str
+    is_wrapper = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
+    @classmethod
+    def num_classes_key(cls, model_class: type[nn.Module], cfg: Any) -> str:
+        """Return the config key that sets the number of classes of a detector of ``model_class``."""
+        raise NotImplementedError
+
     @property
     def kind(self) -> str:
         return type(self.model).__name__
+
+    @property
+    def innermost(self) -> nn.Module:
+        """The detector that has the heads: the model itself, or the one that it wraps."""
+        return self.model
 
     @property
     def num_classes(self) -> int:
@@ -104,6 +87,10 @@ class StagedDetector:
         """
         raise NotImplementedError
 
+    def traits(self) -> list[str]:
+        """What matters to methods beyond the family, in a few words for ``--list``."""
+        return []
+
     @property
     def size_divisibility(self) -> int:
         """What the sides of a batch are multiples of."""
@@ -114,7 +101,7 @@ class StagedDetector:
         raise NotImplementedError
 
     def preprocess(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
-        """Normalise and batch the images of Detectron2 dataset dicts."""
+        """Normalize and batch the images of Detectron2 dataset dicts."""
         return self.model.preprocess_image(batched_inputs)
 
     def features(self, images: ImageList) -> dict[str, torch.Tensor]:
@@ -129,7 +116,7 @@ class StagedDetector:
         *,
         taps: Taps | None = None,
         frozen: bool = False,
-    ) -> "Run":
+    ) -> Run:
         """Start a run; nothing is computed before a field of it is read.
 
         Args:
@@ -142,7 +129,10 @@ class StagedDetector:
 
 
 class Run:
-    """One batch going through the stages of one detector."""
+    """One batch going through the stages of one detector.
+
+    Whether its stages carry gradient is decided here, at its construction, and not by who reads a stage first.
+    """
 
     def __init__(
         self,
@@ -156,7 +146,7 @@ class Run:
         self.images = images
         self.gt_instances = gt_instances
         self.wanted_taps = taps
-        self.frozen = frozen
+        self.with_gradient = torch.is_grad_enabled() and not frozen
 
     @stage
     def features(self) -> dict[str, torch.Tensor]:
@@ -179,35 +169,41 @@ class StagedDense(StagedDetector):
 
     Attributes:
         towers: branch name -> :class:`Tower`.
-        predictors: output name -> (branch, prediction layer), in the order in which the head returns them.
+        predictors: output name -> :class:`Predictor`, in the order in which the head returns the outputs.
         reg_max: last bin of each side's distribution; None if boxes are not predicted as distributions.
         assigns_points: whether locations are assigned by where they lie in a box, not by anchors.
-        averages_normalizer: whether its losses are divided by a mean over the processes.
-        atss_topk: candidates a level of a box, for its ATSS threshold.
     """
 
+    family = "dense"
     towers: dict[str, Tower]
-    predictors: dict[str, tuple[str, nn.Module]]
+    predictors: dict[str, Predictor]
     reg_max: int | None = None
     assigns_points = False
-    averages_normalizer = True
-    atss_topk = 9
 
     @property
     def num_classes(self) -> int:
-        return self.model.num_classes
+        return self.innermost.num_classes
+
+    def traits(self) -> list[str]:
+        traits = ["points" if self.assigns_points else "anchors"]
+        traits += ["centerness"] * ("centerness" in self.predictors)
+        return traits + ["distributions"] * (self.reg_max is not None)
+
+    @property
+    def anchors_per_cell(self) -> int:
+        return self.innermost.anchor_generator.num_anchors[0]
 
     def keep_classes(self, classes: Sequence[int]) -> None:
-        _, layer = self.predictors["logits"]
-        scores = layer.out_channels // self.model.anchor_generator.num_anchors[0]
-        # Behind the classes may stand an output that is none (GFLv2).
+        layer = self.predictors["logits"].layer
+        scores = layer.out_channels // self.anchors_per_cell
+        # After the classes may come an output that is none (GFLv2).
         kept = [*classes, *range(self.num_classes, scores)]
         keep_outputs(layer, [start + k for start in range(0, layer.out_channels, scores) for k in kept])
-        self.model.num_classes = len(classes)
+        self.innermost.num_classes = len(classes)
 
     @property
     def in_features(self) -> list[str]:
-        return list(self.model.head_in_features)
+        return list(self.innermost.head_in_features)
 
     def feature_shapes(self) -> dict[str, ShapeSpec]:
         shapes = self.model.backbone.output_shape()
@@ -215,48 +211,45 @@ class StagedDense(StagedDetector):
 
     @property
     def strides(self) -> list[int]:
-        """Of the levels, in pixels."""
+        """Pixels a cell of each level."""
         return [shape.stride for shape in self.feature_shapes().values()]
 
     def tap_channels(self, branch: str, position: int) -> int:
-        """Channels of a branch behind ``position`` blocks; 0 is the feature map in front of the tower."""
+        """Channels of a branch after ``position`` blocks; 0 is the feature map before the tower."""
         if position:
             return self.towers[branch].out_channels(position)
         return next(iter(self.feature_shapes().values())).channels
 
-    def predict(self, output: str, feature: torch.Tensor, level: int) -> torch.Tensor:
-        """Apply one prediction layer to the end of its tower on a level: (N, C, H, W) -> (N, A*K, H, W)."""
-        _, layer = self.predictors[output]
-        return layer(feature)
+    def predict(self, output: str, features: Sequence[torch.Tensor], level: int) -> torch.Tensor:
+        """Apply one prediction layer on a level to what its predictor reads, (N, C, H, W) each: (N, A*K, H, W)."""
+        return self.predictors[output].layer(*features)
 
-    def anchors(self, features: list[torch.Tensor]) -> list[Boxes]:
-        return self.model.anchor_generator(features)
+    def grid(self, features: Sequence[torch.Tensor], images: ImageList) -> AnchorGrid:
+        """Lay anchors over feature maps (N, C, H, W), one a level."""
+        anchors = self.innermost.anchor_generator(list(features))
+        return AnchorGrid.from_levels(anchors, features, self.strides, self.anchors_per_cell)
 
-    def assign(self, anchors: list[Boxes], gt_instances: list[Instances]) -> Assignment:
-        labels, boxes = self.model.label_anchors(anchors, gt_instances)
-        return Assignment(torch.stack(labels), torch.stack(boxes), self.num_classes)
-
-    def valid_anchors(
-        self, anchors: list[Boxes], gt_instances: list[Instances]
-    ) -> torch.Tensor | None:
-        """(N, R) bool, False for anchors that only see padding; None if the detector makes no difference."""
-        return None
-
-    def losses(
-        self, anchors: list[Boxes], outputs: dict[str, list[torch.Tensor]], assignment: Assignment
-    ) -> dict[str, torch.Tensor]:
-        """The detector's losses; ``outputs`` are per level (N, H*W*A, K)."""
+    def assign(self, grid: AnchorGrid, truth: GroundTruth, outputs: Mapping[str, torch.Tensor]) -> Assignment:
+        """Return the targets of a batch; an assigner may look at the outputs (N, R, K)."""
         raise NotImplementedError
 
-    def class_scores(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def losses(
+        self, grid: AnchorGrid, outputs: Mapping[str, torch.Tensor], assignment: Assignment
+    ) -> dict[str, torch.Tensor]:
+        """Return the detector's losses by name; ``outputs`` are (N, R, K)."""
+        raise NotImplementedError
+
+    def normalizer(self, grid: AnchorGrid, assignment: Assignment) -> torch.Tensor:
+        """Return the number, a scalar, that the detector divides its class loss by."""
+        return mean_over_processes(assignment.normalizer)
+
+    def class_scores(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Class probabilities (..., K) of outputs (..., K); no centerness in them."""
         return outputs["logits"].sigmoid()
 
-    def decode(self, anchors: list[Boxes], deltas: torch.Tensor) -> torch.Tensor:
-        """Boxes (N, R, 4) XYXY in pixels from box outputs (N, R, box_dim) of all levels, not clipped."""
-        levels = zip(anchors, self.strides)
-        strides = torch.cat([boxes.tensor.new_full((len(boxes),), stride) for boxes, stride in levels])
-        return self.decode_rows(deltas, Boxes.cat(anchors).tensor, strides)
+    def decode(self, grid: AnchorGrid, deltas: torch.Tensor) -> torch.Tensor:
+        """Boxes (N, R, 4) XYXY in pixels from box outputs (N, R, box_dim), not clipped."""
+        return self.decode_rows(deltas, grid.boxes, grid.stride)
 
     def decode_rows(
         self, deltas: torch.Tensor, anchors: torch.Tensor, strides: torch.Tensor
@@ -265,85 +258,69 @@ class StagedDense(StagedDetector):
         # Detectron2's FCOS would decode half precision in half precision.
         deltas = deltas.float()
         anchors = anchors.expand_as(deltas).reshape(-1, 4)
-        return self.model.box2box_transform.apply_deltas(deltas.reshape(-1, 4), anchors).view_as(deltas)
+        return self.innermost.box2box_transform.apply_deltas(deltas.reshape(-1, 4), anchors).view_as(deltas)
 
-    def run(self, images, gt_instances=None, *, taps=None, frozen=False) -> "DenseRun":
+    def run(self, images, gt_instances=None, *, taps=None, frozen=False) -> DenseRun:
         return DenseRun(self, images, gt_instances, taps or {}, frozen)
 
 
 class DenseRun(Run):
-    """A batch going through a dense detector."""
+    """A batch going through a dense detector; R are its anchors over all levels."""
 
     staged: StagedDense
 
     @stage
     def taps(self) -> dict[str, dict[Tap, list[torch.Tensor]]]:
-        """branch -> place -> per level (N, C, H, W); the end of each tower is always there."""
-        features = list(self.features.values())
+        """branch -> place -> per level (N, C, H, W); what the predictors read and each tower's end are always there."""
+        reads = [read for predictor in self.staged.predictors.values() for read in predictor.reads]
         taps: dict[str, dict[Tap, list[torch.Tensor]]] = {}
         for branch, tower in self.staged.towers.items():
-            wanted = sorted(self.wanted_taps.get(branch, frozenset()) | {tower.end})
-            kept: dict[Tap, list[torch.Tensor]] = {tap: [] for tap in wanted}
+            wanted = {tower.end, *self.wanted_taps.get(branch, ()), *(tap for name, tap in reads if name == branch)}
             # Level by level: norms that cycle over the levels count the calls.
-            for x in features:
-                done = Tap(0)
-                for tap in wanted:
-                    x = tower.run(x, done, tap)
-                    kept[tap].append(x)
-                    done = tap
-            taps[branch] = kept
+            levels = [tower.run_through(x, wanted) for x in self.features.values()]
+            taps[branch] = {tap: [level[tap] for level in levels] for tap in wanted}
         return taps
 
     @stage
     def predictions(self) -> dict[str, list[torch.Tensor]]:
         """Output name -> per level raw predictions (N, A*K, H, W)."""
-        ends = {branch: self.taps[branch][tower.end] for branch, tower in self.staged.towers.items()}
-        return {
-            output: [self.staged.predict(output, feature, level) for level, feature in enumerate(ends[branch])]
-            for output, (branch, _) in self.staged.predictors.items()
-        }
+        predictions = {}
+        for output, predictor in self.staged.predictors.items():
+            levels = zip(*(self.taps[branch][tap] for branch, tap in predictor.reads))
+            predictions[output] = [self.staged.predict(output, read, level) for level, read in enumerate(levels)]
+        return predictions
 
     @stage
-    def outputs(self) -> dict[str, list[torch.Tensor]]:
-        """Output name -> per level (N, H*W*A, K), in the order of the anchors."""
-        return {name: self.flatten(name, maps) for name, maps in self.predictions.items()}
+    def grid(self) -> AnchorGrid:
+        return self.staged.grid(list(self.features.values()), self.images)
 
     @stage
-    def anchors(self) -> list[Boxes]:
-        """Per level, H*W*A boxes."""
-        return self.staged.anchors(list(self.features.values()))
-
-    @stage
-    def valid_anchors(self) -> torch.Tensor | None:
-        """(N, R) bool, see :meth:`StagedDense.valid_anchors`."""
-        return self.staged.valid_anchors(self.anchors, self.gt_instances)
+    def outputs(self) -> dict[str, torch.Tensor]:
+        """Output name -> (N, R, K), in the order of the anchors."""
+        return {output: self.grid.join(maps) for output, maps in self.predictions.items()}
 
     @stage
     def assignment(self) -> Assignment:
-        return self.staged.assign(self.anchors, self.gt_instances)
+        return self.staged.assign(self.grid, self.truth, self.outputs)
 
     @stage
     def losses(self) -> dict[str, torch.Tensor]:
-        return self.staged.losses(self.anchors, self.outputs, self.assignment)
-
-    def flatten(self, output: str, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Maps (N, A*K, H, W) -> (N, H*W*A, K), a level each."""
-        flat = []
-        for level, x in enumerate(maps):
-            images, channels, height, width = x.shape
-            num_anchors = len(self.anchors[level]) // (height * width)
-            x = x.view(images, num_anchors, channels // num_anchors, height, width)
-            flat.append(x.permute(0, 3, 4, 1, 2).reshape(images, -1, channels // num_anchors))
-        return flat
+        return self.staged.losses(self.grid, self.outputs, self.assignment)
 
 
 _STAGED: dict[type[nn.Module], type[StagedDetector]] = {}
 
 
 def register_staged(model_class: type[nn.Module]) -> Callable[[type[StagedDetector]], type[StagedDetector]]:
-    """Class decorator: this adapter runs ``model_class`` and its subclasses in stages."""
+    """Class decorator: this adapter runs ``model_class`` and its subclasses in stages.
+
+    Raises:
+        TypeError: the adapter does not declare its family.
+    """
 
     def register(adapter: type[StagedDetector]) -> type[StagedDetector]:
+        if getattr(adapter, "family", None) not in FAMILIES:
+            raise TypeError(f"{adapter.__name__} must declare its family, one of {', '.join(map(repr, FAMILIES))}.")
         _STAGED[model_class] = adapter
         return adapter
 
@@ -351,18 +328,32 @@ def register_staged(model_class: type[nn.Module]) -> Callable[[type[StagedDetect
 
 
 def list_staged() -> list[str]:
-    """Names of the detectors that can be run in stages."""
-    return sorted(model_class.__name__ for model_class in _STAGED)
+    """Return the names of the registered detectors that can be run in stages."""
+    return sorted(name for name, model_class in META_ARCH_REGISTRY if adapter_of(model_class) is not None)
 
 
 def adapter_of(model_class: type) -> type[StagedDetector] | None:
     """What runs a class of detectors in stages, if anything does."""
-    for base in model_class.__mro__:
+    for base in getattr(model_class, "__mro__", ()):  # a registered function has none
         if base in _STAGED:
             return _STAGED[base]
         if "forward" in vars(base):  # the adapter of what it overrides would run something else
             return None
     return None
+
+
+def declared_adapter(model_class: type) -> type[StagedDetector] | None:
+    """The adapter of a class of detectors, or of what it is derived from, even if it overrides ``forward``.
+
+    What such a class cannot do is run in stages; its config keys are those of its base.
+    """
+    return next((_STAGED[base] for base in getattr(model_class, "__mro__", ()) if base in _STAGED), None)
+
+
+def family_of(name: str) -> str | None:
+    """The family of a registered meta-architecture; None if it is unknown or cannot be run in stages."""
+    adapter = adapter_of(META_ARCH_REGISTRY.get(name)) if name in META_ARCH_REGISTRY else None
+    return None if adapter is None else adapter.family
 
 
 def stage_detector(model: nn.Module) -> StagedDetector:

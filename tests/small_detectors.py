@@ -15,7 +15,8 @@ from torch import nn
 
 from d2_distill.config.keys import get_distill_cfg
 from d2_distill.detectors.building import build_detector
-from d2_distill.staged import StagedDetector, Tap, Taps
+from d2_distill.layers.tower import Tap
+from d2_distill.staged import StagedDetector, Taps
 
 from .golden.cases import fill_parameters
 

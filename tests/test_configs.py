@@ -200,7 +200,7 @@ def assert_published_crosskd(name: str, methods) -> None:
         return
     (tap, class_term, box_term, centerness), pkd = PUBLISHED_CROSSKD[name]
     method = methods["CrossKD"]
-    assert {branch: place.position for branch, place in method.tap_of.items()} == {"cls": tap, "box": tap}
+    assert {name: crossing.tap.position for name, crossing in method.crossings.items()} == {"cls": tap, "box": tap}
     assert (method.weights["loss_crosskd_cls"], method.cls_beta) == class_term
     assert (method.box_loss, method.weights["loss_crosskd_box"]) == box_term
     assert method.weights.get("loss_crosskd_centerness", 0) == centerness

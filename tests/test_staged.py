@@ -7,13 +7,15 @@ from collections import Counter
 
 import pytest
 import torch
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from d2_distill.detectors import MultiScaleDetector, TowerDetector
 from d2_distill.errors import UserError
-from d2_distill.staged import StagedDense, Tap, Tower, list_staged, stage, stage_detector
+from d2_distill.layers.tower import Tap
+from d2_distill.staged import StagedDense, adapter_of, list_staged, stage, stage_detector
 
 from .small_detectors import CASES, ONE_STAGE, all_taps, batch, build, detector_cfg
 
@@ -56,16 +58,11 @@ def tensors_in(value) -> list:
     return [tensor for part in parts for tensor in tensors_in(part)]
 
 
-def one_stage(model: nn.Module) -> nn.Module:
-    """The detector itself, or the one inside that runs on several resolutions."""
-    return model.detector if isinstance(model, MultiScaleDetector) else model
-
-
 def final_scores(staged: StagedDense, outputs) -> torch.Tensor:
     """What the detector ranks its detections by, (..., num_classes)."""
     scores = staged.class_scores(outputs)[..., : staged.num_classes]
-    if isinstance(one_stage(staged.model), TowerDetector):
-        return one_stage(staged.model).final_scores(scores, outputs)
+    if isinstance(staged.innermost, TowerDetector):
+        return staged.innermost.final_scores(scores, outputs)
     return (scores * outputs["centerness"].sigmoid()).sqrt() if "centerness" in outputs else scores
 
 
@@ -87,7 +84,9 @@ def count_calls(model: nn.Module) -> Counter:
 
 
 def test_every_adapter_has_a_case():
-    assert set(list_staged()) <= {case.split()[0] for case in CASES}
+    adapters = {name: adapter_of(META_ARCH_REGISTRY.get(name)) for name in list_staged()}
+    cases = {case.split()[0] for case in CASES}
+    assert set(adapters.values()) <= {adapters[name] for name in cases}
 
 
 def test_stages_compose_to_forward(model):
@@ -167,7 +166,7 @@ def test_feature_shapes(model):
 
 def test_taps_are_pieces_of_the_tower(dense):
     """Against the head's own layers: behind k blocks is behind the k-th activation, or just in front of it."""
-    head = one_stage(dense.model).head
+    head = dense.innermost.head
     subnets = {"cls": head.cls_subnet, "box": head.bbox_subnet}
     assert set(dense.towers) == set(subnets)
     run = start(dense, taps=all_taps(dense), frozen=True)
@@ -195,28 +194,26 @@ def test_only_wanted_taps_are_kept(dense):
     assert {branch: list(kept) for branch, kept in taps.items()} == {"cls": [Tap(2)], "box": [Tap(0), Tap(2)]}
 
 
-def test_a_tower_ends_with_an_activation():
-    with pytest.raises(AssertionError, match="activation"):
-        Tower(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)))
-
-
 def test_outputs_are_in_the_order_of_the_anchors(dense):
     """Cell by cell, row by row, and within a cell anchor by anchor."""
     run, strides = start(dense, frozen=True), [shape.stride for shape in dense.feature_shapes().values()]
     # GFLv2 has one class output too many.
-    detector = one_stage(dense.model)
+    detector = dense.innermost
     box_dim = detector.box_coder.box_dim if isinstance(detector, TowerDetector) else 4
     widths = {"logits": 4 if dense.kind == "GFLv2" else 3, "deltas": box_dim, "centerness": 1}
     assert set(run.outputs) == set(dense.predictors) <= set(widths)
-    for level, (anchors, stride) in enumerate(zip(run.anchors, strides)):
+    grid = run.grid
+    levels = {name: grid.split(output) for name, output in run.outputs.items()}
+    for level, (anchors, stride) in enumerate(zip(grid.level_boxes(), strides)):
         side = run.images.tensor.shape[-1] // stride
         per_cell = len(anchors) // side**2
+        assert (grid.map_sizes[level], grid.strides[level], grid.anchors_per_cell) == ((side, side), stride, per_cell)
         centers = anchors.get_centers()
         cells = [(y, x, a) for y in range(side) for x in range(side) for a in range(per_cell)]
-        offset = dense.model.anchor_generator.offset
+        offset = dense.innermost.anchor_generator.offset
         expected = torch.tensor([[(x + offset) * stride, (y + offset) * stride] for y, x, _ in cells])
         torch.testing.assert_close(centers, expected)
-        for name, flat in run.outputs.items():
+        for name, flat in levels.items():
             width, maps = widths[name], run.predictions[name][level]
             assert maps.shape[1] == per_cell * width
             slow = torch.stack([maps[:, a * width : (a + 1) * width, y, x] for y, x, a in cells], dim=1)
@@ -226,9 +223,8 @@ def test_outputs_are_in_the_order_of_the_anchors(dense):
 def test_decoded_outputs_contain_the_detections(dense):
     """Each detection of the model's own inference is one of the decoded boxes, with its score and class."""
     run = start(dense, frozen=True)
-    outputs = {name: torch.cat(levels, dim=1) for name, levels in run.outputs.items()}
-    scores = final_scores(dense, outputs)
-    decoded = dense.decode(run.anchors, outputs["deltas"])
+    scores = final_scores(dense, run.outputs)
+    decoded = dense.decode(run.grid, run.outputs["deltas"])
     for index, (detections, size) in enumerate(zip(dense.model(batch()), run.images.image_sizes)):
         detections = detections["instances"]
         boxes = Boxes(decoded[index].clone())
@@ -240,6 +236,18 @@ def test_decoded_outputs_contain_the_detections(dense):
 
 
 def test_a_detector_without_adapter_is_refused():
-    names = "ATSS, FCOS, GFL, GFLv2, GeneralizedRCNN, MultiScaleDetector, OpenMMLabFCOS, OpenMMLabRetinaNet"
-    with pytest.raises(UserError, match=f"Linear cannot be distilled.*choose one of {names}, RetinaNet as"):
+    with pytest.raises(UserError, match=f"Linear cannot be distilled.*choose one of {', '.join(list_staged())} as"):
         stage_detector(nn.Linear(1, 1))
+
+
+def test_the_first_reader_does_not_decide_about_the_gradient(model):
+    """A stage that is first read without gradient has it all the same, and one of a frozen run has none."""
+    staged = stage_detector(model)
+    with EventStorage():
+        run, frozen = start(staged), start(staged, frozen=True)
+        with torch.no_grad():
+            losses = run.losses
+            without = start(staged)
+        assert all(feature.requires_grad for feature in run.features.values())
+        assert all(loss.requires_grad for loss in losses.values())
+        assert not any(loss.requires_grad for run in (frozen, without) for loss in run.losses.values())

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from .assignment import Assignment
+from .assignment import BACKGROUND, IGNORED, Assignment, Match
 from .atss import ATSSMatch, atss_thresholds, match_atss
-from .ground_truth import BACKGROUND, IGNORED, GroundTruth
+from .ground_truth import GroundTruth
 from .max_iou import claim_best_anchors, match_max_iou
 from .points import match_points
-from .strategies import ATSSAssigner, MaxIoUAssigner, PointAssigner
-from .valid_locations import valid_locations
+from .strategies import Assigner, ATSSAssigner, MaxIoUAssigner, PointAssigner, Predicted
 
 __all__ = [
     "ATSSAssigner",
     "ATSSMatch",
+    "Assigner",
     "Assignment",
     "BACKGROUND",
     "GroundTruth",
     "IGNORED",
+    "Match",
     "MaxIoUAssigner",
     "PointAssigner",
+    "Predicted",
     "atss_thresholds",
     "claim_best_anchors",
     "match_atss",
     "match_max_iou",
     "match_points",
-    "valid_locations",
 ]

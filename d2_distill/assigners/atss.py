@@ -9,7 +9,7 @@ import torch
 
 from ..boxes.geometry import centers_of, depth_inside
 from ..boxes.overlaps import pairwise_overlaps
-from .ground_truth import BACKGROUND
+from .assignment import BACKGROUND
 
 MIN_DEPTH = 0.01  # pixels that the centre of a positive anchor lies inside its box
 

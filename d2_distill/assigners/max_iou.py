@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..boxes.overlaps import pairwise_overlaps
-from .ground_truth import BACKGROUND, IGNORED
+from .assignment import BACKGROUND, IGNORED
 
 
 def match_max_iou(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..boxes.geometry import centers_of
-from .ground_truth import BACKGROUND
+from .assignment import BACKGROUND
 
 
 def match_points(

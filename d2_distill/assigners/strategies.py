@@ -1,20 +1,19 @@
 """The assigners as detectors hold them: their options bound, one call for all.
 
-``assigner(anchors, level_sizes, strides, truth, valid_anchors)`` takes the (R, 4) XYXY anchors of all levels,
-the number of anchors and the stride of each level, the batch's :class:`GroundTruth` and (N, R) bool, False for
-anchors that must not be matched (None: all may). It returns (N, R) int64: index of the ground-truth box,
-``BACKGROUND`` or ``IGNORED``.
+An :class:`Assigner` takes the :class:`~d2_distill.boxes.anchor_grid.AnchorGrid` and the :class:`GroundTruth` of a
+batch, and may look at what the detector predicts. Anchors that the grid calls invalid are not matched.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Callable, Protocol
 
 import torch
 
-from ..boxes.geometry import centers_of
+from ..boxes.anchor_grid import AnchorGrid
+from .assignment import Match
 from .atss import match_atss
 from .ground_truth import GroundTruth
 from .max_iou import match_max_iou
@@ -22,55 +21,66 @@ from .points import match_points
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What a detector predicts for the R anchors of a batch, without gradient; computed if an assigner asks.
+
+    Attributes:
+        scores: gives (N, R, num_classes) class probabilities.
+        boxes: gives (N, R, 4) XYXY in pixels.
+    """
+
+    scores: Callable[[], torch.Tensor]
+    boxes: Callable[[], torch.Tensor]
+
+
+class Assigner(Protocol):
+    """
+    Attributes:
+        assigns_points: whether locations are assigned by where they lie in a box, not by anchors.
+    """
+
+    assigns_points: bool
+
+    def __call__(self, grid: AnchorGrid, truth: GroundTruth, predicted: Predicted) -> Match: ...
+
+
+@dataclass(frozen=True)
 class ATSSAssigner:
     """:func:`match_atss` with ``topk`` candidates a level."""
 
     topk: int
+    assigns_points = False
 
-    def __call__(
-        self,
-        anchors: torch.Tensor,
-        level_sizes: Sequence[int],
-        strides: Sequence[int],
-        truth: GroundTruth,
-        valid_anchors: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return match_atss(
-            anchors, level_sizes, truth.boxes, truth.valid, valid_anchors, topk=self.topk
-        ).matches
+    def __call__(self, grid: AnchorGrid, truth: GroundTruth, predicted: Predicted) -> Match:
+        found = match_atss(grid.boxes, grid.level_sizes, truth.boxes, truth.valid, grid.valid, topk=self.topk)
+        return Match(found.matches, thresholds=found.thresholds)
 
 
 @dataclass(frozen=True)
 class PointAssigner:
-    """:func:`match_points` of the anchors' centres.
+    """:func:`match_points` of the anchors' centers.
 
     Attributes:
-        size_thresholds: bounds, in pixels, between the sizes that neighbouring levels are made for.
+        size_thresholds: bounds, in pixels, between the sizes that neighboring levels are made for.
         center_sampling_radius: in strides; 0 takes the whole box.
     """
 
     size_thresholds: tuple[float, ...]
     center_sampling_radius: float
+    assigns_points = True
 
-    def __call__(
-        self,
-        anchors: torch.Tensor,
-        level_sizes: Sequence[int],
-        strides: Sequence[int],
-        truth: GroundTruth,
-        valid_anchors: torch.Tensor | None,
-    ) -> torch.Tensor:
-        bounds = anchors.new_tensor([-1.0, *self.size_thresholds, math.inf])
-        of_level = torch.arange(len(level_sizes), device=anchors.device).repeat_interleave(
-            torch.tensor(level_sizes, device=anchors.device)
-        )
-        return match_points(
-            centers_of(anchors),
-            anchors.new_tensor(strides)[of_level],
-            torch.stack([bounds[:-1], bounds[1:]], dim=1)[of_level],
-            truth.boxes,
-            truth.valid,
-            center_sampling_radius=self.center_sampling_radius,
+    def __call__(self, grid: AnchorGrid, truth: GroundTruth, predicted: Predicted) -> Match:
+        bounds = [-1.0, *self.size_thresholds, math.inf]
+        ranges = torch.stack([grid.per_anchor(bounds[:-1]), grid.per_anchor(bounds[1:])], dim=1)
+        return Match(
+            match_points(
+                grid.centers,
+                grid.stride,
+                ranges,
+                truth.boxes,
+                truth.valid,
+                center_sampling_radius=self.center_sampling_radius,
+            )
         )
 
 
@@ -84,15 +94,11 @@ class MaxIoUAssigner:
 
     thresholds: tuple[float, ...]
     labels: tuple[int, ...]
+    assigns_points = False
 
-    def __call__(
-        self,
-        anchors: torch.Tensor,
-        level_sizes: Sequence[int],
-        strides: Sequence[int],
-        truth: GroundTruth,
-        valid_anchors: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return match_max_iou(
-            anchors, truth.boxes, truth.valid, valid_anchors, thresholds=self.thresholds, labels=self.labels
+    def __call__(self, grid: AnchorGrid, truth: GroundTruth, predicted: Predicted) -> Match:
+        return Match(
+            match_max_iou(
+                grid.boxes, truth.boxes, truth.valid, grid.valid, thresholds=self.thresholds, labels=self.labels
+            )
         )

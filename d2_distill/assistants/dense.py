@@ -9,12 +9,11 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.modeling.backbone import Backbone
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
 from ..detectors.building import build_detector, num_classes_key
 from ..errors import UserError
-from ..staged import DenseRun, StagedDense, StagedDetector, stage_detector
+from ..staged import DenseRun, StagedDense, StagedDetector, adapter_of, family_of, stage_detector
 from .copying import copy_weights
 
 
@@ -76,7 +75,7 @@ class DenseAssistant(nn.Module):
             UserError: ``kind`` is something else, or the head reads a feature that is not among the
                 student's.
         """
-        if kind not in META_ARCH_REGISTRY or not issubclass(META_ARCH_REGISTRY.get(kind), DenseDetector):
+        if family_of(kind) != "dense" or adapter_of(META_ARCH_REGISTRY.get(kind)).is_wrapper:
             raise UserError(
                 f"{key} is {kind!r}, which is no one-stage detector; choose one such as RetinaNet, "
                 "OpenMMLabFCOS or GFL."

@@ -49,6 +49,7 @@ class DenseProposer:
             min_box_size=cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE,
         )
 
+    @torch.no_grad()
     def propose(self, run: DenseRun) -> list[Instances]:
         """Proposals without gradient; non-finite predictions give none.
 
@@ -56,22 +57,20 @@ class DenseProposer:
             per image, by descending logit: ``proposal_boxes``, clipped to the image without its padding;
             ``objectness_logits`` (R,), the largest class logit; ``positions`` (R, 4) int64.
         """
-        # Stages keep what the first access gives: it must not be one without gradient.
-        outputs, features = run.outputs, run.features.values()
-        levels = zip(outputs["logits"], outputs["deltas"], run.anchors, features, run.staged.strides)
+        grid = run.grid
+        levels = zip(*map(grid.split, (run.outputs["logits"], run.outputs["deltas"])), grid.split(grid.boxes, dim=0))
         candidates = []
-        with torch.no_grad():
-            for level, (logits, deltas, anchors, feature, stride) in enumerate(levels):
-                # GFLv2 has one score more than classes.
-                logits = logits[..., : run.staged.num_classes].amax(dim=-1).float()
-                logits, rows = logits.topk(min(self.pre_nms_topk, logits.shape[1]))
-                deltas = deltas.take_along_dim(rows[..., None], dim=1)
-                strides = anchors.tensor.new_full(rows.shape, stride)
-                boxes = run.staged.decode_rows(deltas, anchors.tensor[rows], strides)
-                positions = _positions(rows, level, feature.shape[2:], len(anchors))
-                candidates.append((boxes, logits, positions))
-            batch = [torch.cat(parts, dim=1) for parts in zip(*candidates)]
-            return [self._suppress(*image) for image in zip(run.images.image_sizes, *batch)]
+        for level, (logits, deltas, anchors) in enumerate(levels):
+            # GFLv2 has one score more than classes.
+            logits = logits[..., : run.staged.num_classes].amax(dim=-1).float()
+            logits, rows = logits.topk(min(self.pre_nms_topk, logits.shape[1]))
+            deltas = deltas.take_along_dim(rows[..., None], dim=1)
+            strides = anchors.new_full(rows.shape, grid.strides[level])
+            boxes = run.staged.decode_rows(deltas, anchors[rows], strides)
+            positions = _positions(rows, level, grid.map_sizes[level], grid.anchors_per_cell)
+            candidates.append((boxes, logits, positions))
+        batch = [torch.cat(parts, dim=1) for parts in zip(*candidates)]
+        return [self._suppress(*image) for image in zip(run.images.image_sizes, *batch)]
 
     def _suppress(
         self, image_size: tuple[int, int], boxes: torch.Tensor, logits: torch.Tensor, positions: torch.Tensor
@@ -96,10 +95,9 @@ class DenseProposer:
             count *= 2
 
 
-def _positions(rows: torch.Tensor, level: int, grid_size: tuple[int, int], num_anchors: int) -> torch.Tensor:
-    """(..., 4) positions of rows (...) among the ``num_anchors`` anchors of a level of (H, W) cells."""
-    height, width = grid_size
-    per_cell = num_anchors // (height * width)
+def _positions(rows: torch.Tensor, level: int, map_size: tuple[int, int], per_cell: int) -> torch.Tensor:
+    """(..., 4) positions of rows (...) among the anchors of a level of (H, W) cells with ``per_cell`` anchors each."""
+    _, width = map_size
     cells = rows // per_cell
     return torch.stack([torch.full_like(rows, level), cells // width, cells % width, rows % per_cell], dim=-1)
 

@@ -7,7 +7,8 @@ from detectron2.structures import Instances
 from torch import nn
 
 from ..layers.per_anchor_linear import PerAnchorLinear
-from ..staged import DenseRun, StagedDense, Tap, Taps
+from ..layers.tower import Tap
+from ..staged import DenseRun, StagedDense, Taps
 from .proposals import gather_positions, has_position
 
 BRANCH = "cls"
@@ -27,7 +28,7 @@ class TracedAdapter(nn.Module):
         super().__init__()
         self.tap = tap
         channels = student.tap_channels(BRANCH, tap.position)
-        num_anchors = student.model.anchor_generator.num_anchors[0] if per_anchor else 1
+        num_anchors = student.anchors_per_cell if per_anchor else 1
         self.linear = PerAnchorLinear(channels, out_dim, num_anchors)
 
     def taps(self) -> Taps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..layers.fixed_batch_norm import FixedBatchNorm2d, fix_statistics, unsynchronise
 from .low_resolution import LowResolution, build_low_resolution_backbone
 from .mobilenet_v2 import MobileNetV2, build_mobilenet_v2_fpn_backbone
 from .narrow_resnet import build_narrow_resnet_fpn_backbone
@@ -13,7 +12,6 @@ from .swin import Detectron2Swin, SwinTransformer, build_swin_fpn_backbone
 
 __all__ = [
     "Detectron2Swin",
-    "FixedBatchNorm2d",
     "LinearP6P7",
     "LowResolution",
     "MobileNetV2",
@@ -26,6 +24,4 @@ __all__ = [
     "build_slimmable_mobilenet_v2_fpn_backbone",
     "build_slimmable_resnet_fpn_backbone",
     "build_swin_fpn_backbone",
-    "fix_statistics",
-    "unsynchronise",
 ]

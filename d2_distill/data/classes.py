@@ -8,7 +8,7 @@ import logging
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from ..detectors.building import num_classes_key
+from ..detectors.building import num_classes_key, plain_config
 from ..errors import UserError
 from .registration import declared_names, register_datasets
 
@@ -41,19 +41,34 @@ def with_classes(cfg: CfgNode) -> CfgNode:
     if not names:
         return cfg
     key = num_classes_key(cfg)
+    if key is None and names == list(cfg.DATASETS.CLASSES):
+        return cfg
+    if key is None:
+        logger.warning(
+            "The config key of %s's number of classes is not known, so it stays as it is, for the %d classes of %s: "
+            "register a staged adapter that declares num_classes_key (docs/architecture.md), or set the number yourself.",
+            plain_config(cfg).MODEL.META_ARCHITECTURE, len(names), source,
+        )
+        return _named(cfg, names)
     node = functools.reduce(lambda node, part: node[part], key.split(".")[:-1], cfg)
     before, number = node.NUM_CLASSES, len(names)
     if before == number and names == list(cfg.DATASETS.CLASSES):
         return cfg
-    sized, frozen = cfg.clone(), cfg.is_frozen()
-    sized.defrost()
-    sized.merge_from_list(["DATASETS.CLASSES", tuple(names), key, number])
-    if frozen:
-        sized.freeze()
+    sized = _named(cfg, names, key, number)
     listed = ", ".join(names[:_MAX_NAMED]) + (", ..." if number > _MAX_NAMED else "")
     was = "as it was" if before == number else f"it was {before}"
     logger.info("%s is %d (%s), for the classes of %s: %s.", key, number, was, source, listed)
     return sized
+
+
+def _named(cfg: CfgNode, names: list[str], *overrides: object) -> CfgNode:
+    """The config with these class names, and with overrides, keys and values."""
+    named, frozen = cfg.clone(), cfg.is_frozen()
+    named.defrost()
+    named.merge_from_list(["DATASETS.CLASSES", tuple(names), *overrides])
+    if frozen:
+        named.freeze()
+    return named
 
 
 def _of_datasets(cfg: CfgNode, register: bool = False) -> tuple[list[str], str]:

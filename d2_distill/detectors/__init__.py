@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from ..layers.fusion import ScaleFusion
-from ..staged import register_staged
 from .atss import ATSS
 from .fcos import FCOS, OpenMMLabFCOS
 from .gfl import GFL, GFLv2
@@ -12,9 +10,6 @@ from .openmmlab_retinanet import OpenMMLabRetinaNet
 from .stock import StagedFCOS, StagedRCNN, StagedRetinaNet
 from .torchvision import TorchvisionAnchorGenerator, TorchvisionFCOS, TorchvisionRetinaNet
 from .tower_detector import StagedTowerDetector, TowerDetector
-
-for _model_class in (ATSS, GFL, GFLv2, OpenMMLabFCOS, OpenMMLabRetinaNet):
-    register_staged(_model_class)(StagedTowerDetector)
 
 __all__ = [
     "ATSS",
@@ -25,7 +20,6 @@ __all__ = [
     "TowerDetector",
     "OpenMMLabFCOS",
     "OpenMMLabRetinaNet",
-    "ScaleFusion",
     "StagedFCOS",
     "StagedMultiScale",
     "StagedTowerDetector",

@@ -7,20 +7,22 @@ from typing import Any
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from ..assigners import Assignment, ATSSAssigner
+from ..assigners import ATSSAssigner
 from .box_coders import DeltaCoder, DistributionCoder
-from .focal import CenternessDetector
+from .criteria import FocalCenterness
 from .head import TowerHead
-from .tower_detector import build_box_loss, common_arguments, head_arguments, square_anchors
+from .tower_detector import TowerDetector, build_box_loss, common_arguments, head_arguments, square_anchors
 
 
 @META_ARCH_REGISTRY.register()
-class ATSS(CenternessDetector):
+class ATSS(TowerDetector):
     """ATSS (Zhang et al., CVPR 2020, arXiv 1912.02424), configured by ``MODEL.ATSS``.
 
     With ``MODEL.ATSS.REG_MAX`` above 0 it predicts distributions instead of deltas, as localisation
     distillation needs; they are trained through their mean alone.
     """
+
+    config_node = "ATSS"
 
     @configurable
     def __init__(self, **kwargs) -> None:
@@ -42,12 +44,12 @@ class ATSS(CenternessDetector):
             "anchor_generator": square_anchors(input_shape, scale=node.ANCHOR_SCALE, offset=0.0),
             "assigner": ATSSAssigner(node.ATSS_TOPK),
             "box_coder": coder,
-            "box_loss": build_box_loss(node.BOX_LOSS, "MODEL.ATSS.BOX_LOSS"),
-            "box_loss_weight": node.BOX_LOSS_WEIGHT,
-            "normalizer_floor": node.NORMALIZER_FLOOR,
-            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
-            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "criterion": FocalCenterness(
+                focal_loss_alpha=node.FOCAL_LOSS_ALPHA,
+                focal_loss_gamma=node.FOCAL_LOSS_GAMMA,
+                box_loss=build_box_loss(node.BOX_LOSS, "MODEL.ATSS.BOX_LOSS"),
+                box_loss_weight=node.BOX_LOSS_WEIGHT,
+                normalizer_floor=node.NORMALIZER_FLOOR,
+                counts_empty_images=True,
+            ),
         }
-
-    def num_positives(self, assignment: Assignment):
-        return assignment.normalizer

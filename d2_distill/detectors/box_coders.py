@@ -1,7 +1,8 @@
 """What a head predicts of a box, and the box that it means: deltas, distances or distributions of distances.
 
 A coder turns outputs (..., box_dim) of anchors (..., 4), on levels of strides (...), into XYXY boxes in
-pixels. All are functions of single anchors: rows may be all anchors of a batch or a gathered few.
+pixels. All are functions of single anchors: rows may be all anchors of a batch or a gathered few. ``reg_max`` is the
+last bin of each side's distribution, None of a coder without distributions.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class DeltaCoder:
     """
 
     box_dim = 4
+    reg_max = None
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.transform = TwoSidedBox2BoxTransform(weights=tuple(weights))
@@ -67,6 +69,7 @@ class DistanceCoder:
     """
 
     box_dim = 4
+    reg_max = None
 
     def __init__(self, activation: str) -> None:
         self.activation = activation

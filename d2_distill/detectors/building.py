@@ -6,11 +6,11 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
-from ..backbones import fix_statistics, unsynchronise
 from ..backbones.low_resolution import require_levels_used
 from ..errors import UserError
-from ..postprocess import select_nms
-from . import MultiScaleDetector
+from ..layers.fixed_batch_norm import fix_statistics, unsynchronise
+from ..staged import declared_adapter
+from .nms import select_nms
 
 DISTILLER = "Distiller"
 
@@ -49,12 +49,14 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def num_classes_key(cfg: CfgNode) -> str:
-    """The config key that sets the number of classes of the detector's head."""
-    name = plain_config(cfg).MODEL.META_ARCHITECTURE
-    if name == MultiScaleDetector.__name__:
-        name = cfg.MODEL.MSAD.DETECTOR
-    for family in ("FCOS", "RETINANET", "ATSS", "GFL"):
-        if family in name.upper():
-            return f"MODEL.{family}.NUM_CLASSES"
-    return "MODEL.ROI_HEADS.NUM_CLASSES"
+def num_classes_key(cfg: CfgNode) -> str | None:
+    """Return the config key that sets the number of classes of the detector's head, as its staged adapter declares it.
+
+    None if the detector is unknown, or has no adapter.
+    """
+    cfg = plain_config(cfg)
+    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+        return None
+    model_class = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    adapter = declared_adapter(model_class)
+    return None if adapter is None else adapter.num_classes_key(model_class, cfg)

@@ -12,11 +12,12 @@ from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, Instances
 
 from ..assigners import Assignment, PointAssigner
+from ..boxes.anchor_grid import AnchorGrid
 from ..errors import UserError
 from .box_coders import DistanceCoder, DistributionCoder
-from .focal import CenternessDetector
+from .criteria import FocalCenterness, Outputs, centerness_normalizer
 from .head import TowerHead
-from .tower_detector import Outputs, build_box_loss, common_arguments, head_arguments, square_anchors
+from .tower_detector import TowerDetector, build_box_loss, common_arguments, head_arguments, square_anchors
 
 
 @META_ARCH_REGISTRY.register()
@@ -41,7 +42,7 @@ class FCOS(fcos.FCOS):
 
 
 @META_ARCH_REGISTRY.register()
-class OpenMMLabFCOS(CenternessDetector):
+class OpenMMLabFCOS(TowerDetector):
     """FCOS with the options of the paper, OpenMMLab and AdelaiDet, configured by ``MODEL.FCOS``.
 
     The paper's first form (arXiv 1904.01355), which CrossKD uses, is CENTER_SAMPLING_RADIUS 0, DISTANCES
@@ -53,9 +54,10 @@ class OpenMMLabFCOS(CenternessDetector):
     Args:
         inference: "openmmlab" or "adelaidet", see ``MODEL.FCOS.INFERENCE``.
         thresh_with_ctr: "adelaidet" compares the score threshold with class score times centerness.
-        kwargs: of :class:`CenternessDetector`.
+        kwargs: of :class:`TowerDetector`.
     """
 
+    config_node = "FCOS"
     ignores_padding = False
 
     @configurable
@@ -86,17 +88,20 @@ class OpenMMLabFCOS(CenternessDetector):
             "anchor_generator": square_anchors(input_shape, scale=1.0, offset=0.5),
             "assigner": PointAssigner(tuple(node.SIZES_OF_INTEREST), node.CENTER_SAMPLING_RADIUS),
             "box_coder": coder,
-            "box_loss": build_box_loss(node.BOX_LOSS, "MODEL.FCOS.BOX_LOSS", **offset),
-            "box_loss_weight": node.BOX_LOSS_WEIGHT,
-            "normalizer_floor": 1e-6,
+            "criterion": FocalCenterness(
+                focal_loss_alpha=node.FOCAL_LOSS_ALPHA,
+                focal_loss_gamma=node.FOCAL_LOSS_GAMMA,
+                box_loss=build_box_loss(node.BOX_LOSS, "MODEL.FCOS.BOX_LOSS", **offset),
+                box_loss_weight=node.BOX_LOSS_WEIGHT,
+                normalizer_floor=1e-6,
+                counts_empty_images=False,
+            ),
             "inference": node.INFERENCE,
             "thresh_with_ctr": node.THRESH_WITH_CTR,
-            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
-            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
         }
 
-    def num_positives(self, assignment: Assignment) -> torch.Tensor:
-        return assignment.foreground.sum()
+    def normalizer(self, grid: AnchorGrid, assignment: Assignment) -> torch.Tensor:
+        return centerness_normalizer(grid, assignment)
 
     def _candidates(
         self, anchors: torch.Tensor, stride: int, outputs: Outputs, image_size: tuple[int, int]

@@ -1,4 +1,4 @@
-"""GFL and GFLv2: class scores that stand for localisation quality, boxes as distributions."""
+"""GFL and GFLv2: class scores that stand for localization quality, boxes as distributions."""
 
 from __future__ import annotations
 
@@ -9,115 +9,76 @@ from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..assigners import ATSSAssigner
-from ..losses import (
-    distribution_focal_loss,
-    linear_iou_loss,
-    mean_over_processes,
-    quality_focal_loss,
-    weighted_mean,
-)
 from .box_coders import DistributionCoder
+from .criteria import GeneralizedFocal, Outputs
 from .head import QualityHead, TowerHead
-from .tower_detector import (
-    Outputs,
-    TowerDetector,
-    build_box_loss,
-    common_arguments,
-    concatenate_levels,
-    head_arguments,
-    square_anchors,
-)
+from .tower_detector import TowerDetector, build_box_loss, common_arguments, head_arguments, square_anchors
 
 
 @META_ARCH_REGISTRY.register()
 class GFL(TowerDetector):
-    """Generalized Focal Loss (Li et al., NeurIPS 2020, arXiv 2006.04388), configured by ``MODEL.GFL``.
+    """Generalized Focal Loss (Li et al., NeurIPS 2020, arXiv 2006.04388), configured by ``MODEL.GFL``."""
 
-    Losses are ``loss_cls``, the quality focal loss divided by the number of positives (an image without any
-    counts as one), and ``loss_box_reg`` and ``loss_dfl``, means over the positives weighted by their scores.
-
-    Args:
-        quality_beta: exponent of the quality focal loss.
-        dfl_weight: of the distribution focal loss.
-        normalizer_floor: lower bound of the sum of scores that the box losses are divided by.
-        kwargs: of :class:`TowerDetector`.
-    """
+    config_node = "GFL"
 
     @configurable
-    def __init__(self, *, quality_beta: float, dfl_weight: float, normalizer_floor: float, **kwargs) -> None:
+    def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.quality_beta = quality_beta
-        self.dfl_weight = dfl_weight
-        self.normalizer_floor = normalizer_floor
 
     @classmethod
     def from_config(cls, cfg) -> dict[str, Any]:
         node = cfg.MODEL.GFL
-        arguments, input_shape = common_arguments(cfg, "GFL")
-        return {
-            **arguments,
-            "head": cls.build_head(node, head_arguments(node, input_shape)),
-            "anchor_generator": square_anchors(input_shape, scale=node.ANCHOR_SCALE, offset=0.0),
-            "assigner": ATSSAssigner(node.ATSS_TOPK),
-            "box_coder": DistributionCoder(node.REG_MAX),
-            "box_loss": build_box_loss(node.BOX_LOSS, "MODEL.GFL.BOX_LOSS"),
-            "box_loss_weight": node.BOX_LOSS_WEIGHT,
-            "quality_beta": node.QUALITY_BETA,
-            "dfl_weight": node.DFL_WEIGHT,
-            "normalizer_floor": node.NORMALIZER_FLOOR,
-        }
-
-    @classmethod
-    def build_head(cls, node, arguments: dict[str, Any]) -> TowerHead:
-        return TowerHead(num_scores=node.NUM_CLASSES, box_dim=4 * (node.REG_MAX + 1), **arguments)
-
-    def losses(self, anchors, outputs, assignment) -> dict[str, torch.Tensor]:
-        whole = concatenate_levels(outputs)
-        positives = self.positives(anchors, whole["deltas"], assignment)
-
-        with torch.no_grad():
-            quality = 1 - linear_iou_loss(positives.boxes, positives.targets)
-            targets = torch.zeros_like(whole["logits"])
-            targets[(*positives.rows, assignment.labels[positives.rows])] = quality
-            of_positives = {name: output[positives.rows] for name, output in whole.items()}
-            confidence = self.class_scores(of_positives).amax(dim=-1)
-            num_positives = mean_over_processes(assignment.normalizer).clamp(min=1)
-            normalizer = mean_over_processes(confidence.sum()).clamp(min=self.normalizer_floor)
-
-        class_loss = self.class_loss(whole, targets)
-        box_loss = self.box_loss(positives.boxes, positives.targets)
-        bins = positives.deltas.unflatten(-1, (4, -1))
-        dfl = distribution_focal_loss(bins, self.box_coder.targets(positives.distances)).mean(dim=-1)
-        return {
-            "loss_cls": weighted_mean(class_loss, assignment.valid[..., None], num_positives),
-            "loss_box_reg": weighted_mean(box_loss, confidence, normalizer) * self.box_loss_weight,
-            "loss_dfl": weighted_mean(dfl, confidence, normalizer) * self.dfl_weight,
-        }
-
-    def class_loss(self, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
-        """Element-wise loss of the class outputs (N, R, num_scores) against quality targets."""
-        return quality_focal_loss(outputs["logits"], targets, self.quality_beta)
+        arguments, head = _arguments(cfg, on_logits=True)
+        box_dim = 4 * (node.REG_MAX + 1)
+        return {**arguments, "head": TowerHead(num_scores=node.NUM_CLASSES, box_dim=box_dim, **head)}
 
 
 @META_ARCH_REGISTRY.register()
-class GFLv2(GFL):
+class GFLv2(TowerDetector):
     """GFLv2 (Li et al., CVPR 2021, arXiv 2011.12885): the scores are multiplied by a predicted quality.
 
-    It has one class output more than classes, whose target is always 0, as the released code has.
+    It has one class output more than classes, whose target is always 0, as the released code has. Configured by
+    ``MODEL.GFL``.
     """
 
+    config_node = "GFL"
+
+    @configurable
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+
     @classmethod
-    def build_head(cls, node, arguments: dict[str, Any]) -> QualityHead:
-        return QualityHead(
+    def from_config(cls, cfg) -> dict[str, Any]:
+        node = cfg.MODEL.GFL
+        arguments, head = _arguments(cfg, on_logits=False)
+        quality_head = QualityHead(
             num_scores=node.NUM_CLASSES + 1,
             reg_max=node.REG_MAX,
             quality_topk=node.QUALITY_TOPK,
             quality_channels=node.QUALITY_CHANNELS,
-            **arguments,
+            **head,
         )
+        return {**arguments, "head": quality_head}
 
     def class_scores(self, outputs: Outputs) -> torch.Tensor:
         return outputs["logits"].float().sigmoid() * self.head.quality(outputs["deltas"]).float()
 
-    def class_loss(self, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
-        return quality_focal_loss(self.class_scores(outputs), targets, self.quality_beta, from_logits=False)
+
+def _arguments(cfg, *, on_logits: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of the detector without its head, and those of its head that both versions share."""
+    node = cfg.MODEL.GFL
+    arguments, input_shape = common_arguments(cfg, "GFL")
+    arguments.update(
+        anchor_generator=square_anchors(input_shape, scale=node.ANCHOR_SCALE, offset=0.0),
+        assigner=ATSSAssigner(node.ATSS_TOPK),
+        box_coder=DistributionCoder(node.REG_MAX),
+        criterion=GeneralizedFocal(
+            quality_beta=node.QUALITY_BETA,
+            box_loss=build_box_loss(node.BOX_LOSS, "MODEL.GFL.BOX_LOSS"),
+            box_loss_weight=node.BOX_LOSS_WEIGHT,
+            dfl_weight=node.DFL_WEIGHT,
+            normalizer_floor=node.NORMALIZER_FLOOR,
+            on_logits=on_logits,
+        ),
+    )
+    return arguments, head_arguments(node, input_shape)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.layers import ShapeSpec, get_norm
 from torch import nn
+
+from ..layers.tower import Tower
+from ..staged import Predictor
 
 
 class Scale(nn.Module):
@@ -71,30 +75,55 @@ class TowerHead(nn.Module):
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
 
     @property
-    def predictors(self) -> dict[str, tuple[str, nn.Module]]:
-        """Output name -> (tower, layer), in the order in which ``forward`` returns the outputs."""
-        predictors = {"logits": ("cls", self.cls_score), "deltas": ("box", self.bbox_pred)}
-        if self.centerness_on:
-            predictors["centerness"] = (self.centerness_on, self.ctrness)
-        return predictors
+    def towers(self) -> dict[str, Tower]:
+        """Branch -> its tower."""
+        return {"cls": Tower(self.cls_subnet), "box": Tower(self.bbox_subnet)}
 
-    def predict(self, output: str, feature: torch.Tensor, level: int) -> torch.Tensor:
-        """The end of a tower (N, C, H, W) to one output of a level (N, A * K, H, W)."""
-        _, layer = self.predictors[output]
-        if output == "deltas" and self.scales is not None:
-            return self.scales[level](layer(feature))
-        return layer(feature)
+    @property
+    def predictors(self) -> dict[str, Predictor]:
+        """Output name -> its predictor, in the order in which ``forward`` returns the outputs."""
+        return predictors_at_ends(self.towers, self._layers)
+
+    @property
+    def _layers(self) -> dict[str, tuple[str, nn.Module]]:
+        """Output name -> (branch, layer)."""
+        layers = {"logits": ("cls", self.cls_score), "deltas": ("box", self.bbox_pred)}
+        if self.centerness_on:
+            layers["centerness"] = (self.centerness_on, self.ctrness)
+        return layers
+
+    def predict(self, output: str, features: Sequence[torch.Tensor], level: int) -> torch.Tensor:
+        """What a predictor reads on a level, (N, C, H, W) each, to its raw map (N, A * K, H, W)."""
+        _, layer = self._layers[output]
+        x = layer(*features)
+        return self.scales[level](x) if output == "deltas" and self.scales is not None else x
 
     def forward(self, features: list[torch.Tensor]) -> list[list[torch.Tensor]]:
         """Maps (N, C, H, W), one a level, to raw maps of each output, one a level."""
-        ends = {
-            "cls": [self.cls_subnet(x) for x in features],
-            "box": [self.bbox_subnet(x) for x in features],
-        }
+        predictors, towers = self.predictors, self.towers
+        wanted = {name: {tap for p in predictors.values() for branch, tap in p.reads if branch == name} for name in towers}
+        # Tower by tower and level by level, as the staged run does: norms that cycle over the levels count the calls.
+        taps = {name: [tower.run_through(x, wanted[name]) for x in features] for name, tower in towers.items()}
         return [
-            [self.predict(output, x, level) for level, x in enumerate(ends[tower])]
-            for output, (tower, _) in self.predictors.items()
+            [
+                self.predict(output, [taps[branch][level][tap] for branch, tap in predictor.reads], level)
+                for level in range(len(features))
+            ]
+            for output, predictor in predictors.items()
         ]
+
+
+def predictors_at_ends(
+    towers: Mapping[str, Tower], layers: Mapping[str, tuple[str, nn.Module]]
+) -> dict[str, Predictor]:
+    """Return predictors that each read the end of one tower.
+
+    Args:
+        layers: output name -> (branch, layer).
+    """
+    return {
+        output: Predictor(((branch, towers[branch].end),), layer) for output, (branch, layer) in layers.items()
+    }
 
 
 class QualityHead(TowerHead):

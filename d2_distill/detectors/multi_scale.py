@@ -14,10 +14,21 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList
 from torch import nn
 
+from ..assigners import Assignment
 from ..backbones.low_resolution import decimate, require_factor
+from ..boxes.anchor_grid import AnchorGrid
 from ..errors import UserError
 from ..layers.fusion import ScaleFusion
-from ..staged import DenseRun, StagedDense, register_staged, stage, stage_detector
+from ..staged import (
+    DenseRun,
+    StagedDense,
+    adapter_of,
+    declared_adapter,
+    family_of,
+    register_staged,
+    stage,
+    stage_detector,
+)
 
 KEY = "MODEL.MSAD"
 # Branch -> ending of its losses.
@@ -108,14 +119,6 @@ class MultiScaleDetector(nn.Module):
         return self.detector.head_in_features
 
     @property
-    def num_classes(self) -> int:
-        return self.detector.num_classes
-
-    @property
-    def anchor_generator(self) -> nn.Module:
-        return self.detector.anchor_generator
-
-    @property
     def size_divisibility(self) -> int:
         """Of the batch, such that both branches have maps of the same sizes; as in MSAD's code."""
         shapes = self.backbone.output_shape()
@@ -163,16 +166,24 @@ class MultiScaleDetector(nn.Module):
 class StagedMultiScale(StagedDense):
     """The inner detector in stages, on the fused maps; only features and losses are not its own."""
 
-    # What the inner detector's adapter does as it is.
-    INNER = (
-        "towers", "predictors", "reg_max", "assigns_points", "averages_normalizer", "atss_topk",
-        "keep_classes", "predict", "assign", "valid_anchors", "losses", "class_scores", "decode_rows",
-    )
+    is_wrapper = True
 
     def __init__(self, model: MultiScaleDetector) -> None:
         super().__init__(model)
-        self.inner = stage_detector(model.detector)
-        vars(self).update({name: getattr(self.inner, name) for name in self.INNER})
+        self.inner: StagedDense = stage_detector(model.detector)
+        self.towers = self.inner.towers
+        self.predictors = self.inner.predictors
+        self.reg_max = self.inner.reg_max
+        self.assigns_points = self.inner.assigns_points
+
+    @classmethod
+    def num_classes_key(cls, model_class, cfg) -> str:
+        inner = META_ARCH_REGISTRY.get(cfg.MODEL.MSAD.DETECTOR)
+        return declared_adapter(inner).num_classes_key(inner, cfg)
+
+    @property
+    def innermost(self) -> nn.Module:
+        return self.inner.innermost
 
     @property
     def size_divisibility(self) -> int:
@@ -181,7 +192,28 @@ class StagedMultiScale(StagedDense):
     def features(self, images: ImageList) -> Pyramid:
         return self.model.fuse(self.model.high(images.tensor), self.model.low(images.tensor))
 
-    def run(self, images, gt_instances=None, *, taps=None, frozen=False) -> "MultiScaleRun":
+    def predict(self, output, features, level) -> torch.Tensor:
+        return self.inner.predict(output, features, level)
+
+    def grid(self, features, images) -> AnchorGrid:
+        return self.inner.grid(features, images)
+
+    def assign(self, grid, truth, outputs) -> Assignment:
+        return self.inner.assign(grid, truth, outputs)
+
+    def losses(self, grid, outputs, assignment) -> dict[str, torch.Tensor]:
+        return self.inner.losses(grid, outputs, assignment)
+
+    def normalizer(self, grid, assignment) -> torch.Tensor:
+        return self.inner.normalizer(grid, assignment)
+
+    def class_scores(self, outputs) -> torch.Tensor:
+        return self.inner.class_scores(outputs)
+
+    def decode_rows(self, deltas, anchors, strides) -> torch.Tensor:
+        return self.inner.decode_rows(deltas, anchors, strides)
+
+    def run(self, images, gt_instances=None, *, taps=None, frozen=False) -> MultiScaleRun:
         return MultiScaleRun(self, images, gt_instances, taps or {}, frozen)
 
 
@@ -215,9 +247,9 @@ class MultiScaleRun(DenseRun):
     def _of_branch(self, branch: str) -> dict[str, torch.Tensor]:
         """The inner detector's losses on the maps of a branch, with the same anchors and assignment."""
         if branch == "fused":
-            return self.staged.losses(self.anchors, self.outputs, self.assignment)
-        run = self.staged.inner.run(self.images, self.gt_instances, frozen=self.frozen)
-        run.features, run.anchors, run.assignment = getattr(self, branch), self.anchors, self.assignment
+            return self.staged.losses(self.grid, self.outputs, self.assignment)
+        run = self.staged.inner.run(self.images, self.gt_instances, frozen=not self.with_gradient)
+        run.features, run.grid, run.assignment = getattr(self, branch), self.grid, self.assignment
         return run.losses
 
 
@@ -263,7 +295,7 @@ def _build_detector(cfg) -> DenseDetector:
         UserError: it is not a one-stage detector.
     """
     name = cfg.MODEL.MSAD.DETECTOR
-    if name not in META_ARCH_REGISTRY or not issubclass(META_ARCH_REGISTRY.get(name), DenseDetector):
+    if family_of(name) != "dense" or adapter_of(META_ARCH_REGISTRY.get(name)).is_wrapper:
         raise UserError(
             f"{KEY}.DETECTOR is {name!r}, which is no one-stage detector; choose one such as RetinaNet, "
             "OpenMMLabFCOS or GFL."

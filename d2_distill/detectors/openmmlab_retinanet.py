@@ -9,16 +9,16 @@ from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.anchor_generator import build_anchor_generator
 
-from ..assigners import MaxIoUAssigner
-from ..losses import weighted_mean
+from ..assigners import Assignment, MaxIoUAssigner
+from ..boxes.anchor_grid import AnchorGrid
 from .box_coders import DeltaCoder, DistributionCoder
-from .focal import FocalDetector
+from .criteria import FocalBoxes
 from .head import TowerHead
-from .tower_detector import build_box_loss, common_arguments, concatenate_levels, head_arguments
+from .tower_detector import TowerDetector, build_box_loss, common_arguments, head_arguments
 
 
 @META_ARCH_REGISTRY.register()
-class OpenMMLabRetinaNet(FocalDetector):
+class OpenMMLabRetinaNet(TowerDetector):
     """RetinaNet (arXiv 1708.02002) with Detectron2's config, state-dict names and anchor order, but
 
     - the losses are divided by this batch's positives (``Assignment.normalizer``), not by a running mean;
@@ -29,10 +29,9 @@ class OpenMMLabRetinaNet(FocalDetector):
 
     With ``MODEL.RETINANET.REG_MAX`` above 0 it predicts distributions of distances from the anchors' centres,
     as localisation distillation needs; then the loss must be one of boxes.
-
-    Args:
-        kwargs: of :class:`FocalDetector`; ``box_loss`` None is the L1 loss of deltas.
     """
+
+    config_node = "RETINANET"
 
     @configurable
     def __init__(self, **kwargs) -> None:
@@ -60,23 +59,13 @@ class OpenMMLabRetinaNet(FocalDetector):
             "anchor_generator": anchor_generator,
             "assigner": MaxIoUAssigner(tuple(node.IOU_THRESHOLDS), tuple(node.IOU_LABELS)),
             "box_coder": coder,
-            "box_loss": box_loss,
-            "box_loss_weight": node.BBOX_REG_LOSS_WEIGHT,
-            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
-            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "criterion": FocalBoxes(
+                focal_loss_alpha=node.FOCAL_LOSS_ALPHA,
+                focal_loss_gamma=node.FOCAL_LOSS_GAMMA,
+                box_loss=box_loss,
+                box_loss_weight=node.BBOX_REG_LOSS_WEIGHT,
+            ),
         }
 
-    def losses(self, anchors, outputs, assignment) -> dict[str, torch.Tensor]:
-        """``loss_cls`` (focal loss of all anchors not ignored) and ``loss_box_reg`` (of the positives)."""
-        whole = concatenate_levels(outputs)
-        positives = self.positives(anchors, whole["deltas"], assignment)
-        if self.box_loss is None:
-            targets = self.box_coder.encode(positives.targets, positives.anchors)
-            box_loss = (positives.deltas - targets).abs().sum(dim=-1)
-        else:
-            box_loss = self.box_loss(positives.boxes, positives.targets)
-        normalizer = assignment.normalizer
-        return {
-            "loss_cls": self.class_loss(whole["logits"], assignment) / normalizer,
-            "loss_box_reg": weighted_mean(box_loss, None, normalizer) * self.box_loss_weight,
-        }
+    def normalizer(self, grid: AnchorGrid, assignment: Assignment) -> torch.Tensor:
+        return assignment.normalizer

@@ -13,7 +13,11 @@ from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Instances
 from torch import nn
 
-from ..staged import Assignment, Run, StagedDense, StagedDetector, Tower, register_staged, stage
+from ..assigners import Assignment
+from ..layers.tower import Tower
+from ..staged import Run, StagedDense, StagedDetector, register_staged, stage
+from .criteria import centerness_normalizer
+from .head import predictors_at_ends
 from .roi_heads import RoIStage, StagedRoIHeads, keep_roi_classes
 
 
@@ -21,18 +25,33 @@ from .roi_heads import RoIStage, StagedRoIHeads, keep_roi_classes
 class StagedRetinaNet(StagedDense):
     """RetinaNet and its subclasses; outputs ``logits`` (K per anchor) and ``deltas`` (4)."""
 
-    averages_normalizer = False
-
     def __init__(self, model: RetinaNet) -> None:
         super().__init__(model)
-        head = model.head
-        self.towers = {"cls": Tower(head.cls_subnet), "box": Tower(head.bbox_subnet)}
-        self.predictors = {"logits": ("cls", head.cls_score), "deltas": ("box", head.bbox_pred)}
+        self.towers = {"cls": Tower(model.head.cls_subnet), "box": Tower(model.head.bbox_subnet)}
+        self.predictors = predictors_at_ends(self.towers, self.layers())
 
-    def losses(self, anchors, outputs, assignment: Assignment) -> dict[str, torch.Tensor]:
+    @classmethod
+    def num_classes_key(cls, model_class, cfg) -> str:
+        return "MODEL.RETINANET.NUM_CLASSES"
+
+    def layers(self) -> dict[str, tuple[str, nn.Module]]:
+        """Output -> (branch, prediction layer)."""
+        return {"logits": ("cls", self.model.head.cls_score), "deltas": ("box", self.model.head.bbox_pred)}
+
+    def assign(self, grid, truth, outputs) -> Assignment:
+        labels, boxes = self.model.label_anchors(grid.level_boxes(), truth.instances)
+        return Assignment(torch.stack(labels), torch.stack(boxes), self.num_classes)
+
+    def losses(self, grid, outputs, assignment: Assignment) -> dict[str, torch.Tensor]:
+        # Detectron2 takes levels, which here are views, and images.
+        levels = {name: list(grid.split(output)) for name, output in outputs.items()}
         return self.model.losses(
-            anchors, outputs["logits"], list(assignment.labels), outputs["deltas"], list(assignment.boxes)
+            grid.level_boxes(), levels["logits"], list(assignment.labels), levels["deltas"], list(assignment.boxes),
+            *(levels[name] for name in levels if name not in ("logits", "deltas")),
         )
+
+    def normalizer(self, grid, assignment) -> torch.Tensor:
+        return assignment.normalizer
 
 
 @register_staged(FCOS)
@@ -40,17 +59,16 @@ class StagedFCOS(StagedRetinaNet):
     """FCOS; one anchor a location, and ``centerness`` on the box tower."""
 
     assigns_points = True
-    averages_normalizer = True
 
-    def __init__(self, model: FCOS) -> None:
-        super().__init__(model)
-        self.predictors["centerness"] = ("box", model.head.ctrness)
+    @classmethod
+    def num_classes_key(cls, model_class, cfg) -> str:
+        return "MODEL.FCOS.NUM_CLASSES"
 
-    def losses(self, anchors, outputs, assignment: Assignment) -> dict[str, torch.Tensor]:
-        return self.model.losses(
-            anchors, outputs["logits"], list(assignment.labels), outputs["deltas"], list(assignment.boxes),
-            outputs["centerness"],
-        )
+    def layers(self) -> dict[str, tuple[str, nn.Module]]:
+        return {**super().layers(), "centerness": ("box", self.model.head.ctrness)}
+
+    def normalizer(self, grid, assignment) -> torch.Tensor:
+        return centerness_normalizer(grid, assignment)
 
 
 @register_staged(GeneralizedRCNN)
@@ -62,9 +80,15 @@ class StagedRCNN(StagedDetector):
             which run as a whole.
     """
 
+    family = "two-stage"
+
     def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__(model)
         self.roi_heads = StagedRoIHeads(model.roi_heads) if _is_one_box_branch(model.roi_heads) else None
+
+    @classmethod
+    def num_classes_key(cls, model_class, cfg) -> str:
+        return "MODEL.ROI_HEADS.NUM_CLASSES"
 
     @property
     def num_classes(self) -> int:
@@ -72,6 +96,9 @@ class StagedRCNN(StagedDetector):
 
     def keep_classes(self, classes: Sequence[int]) -> None:
         keep_roi_classes(self.model.roi_heads, classes)
+
+    def traits(self) -> list[str]:
+        return [type(self.model.roi_heads).__name__]
 
     def feature_shapes(self) -> dict[str, ShapeSpec]:
         shapes = self.model.backbone.output_shape()

@@ -1,10 +1,9 @@
-"""What the project's one-stage detectors share: anchors, positives, inference, and their stages."""
+"""What the project's dense detectors share: anchors, positives, inference, and their stages."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 import torch
@@ -16,15 +15,13 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..assigners import Assignment, ATSSAssigner, GroundTruth, MaxIoUAssigner, PointAssigner, valid_locations
+from ..assigners import Assigner, Assignment, GroundTruth, Predicted
+from ..boxes.anchor_grid import AnchorGrid
 from ..boxes.geometry import centers_of, distances_to_sides
 from ..errors import UserError
-from ..losses import BOX_LOSSES
-from ..staged import StagedDense, Tower
-from .box_coders import DistributionCoder
-
-# Output name -> per level (N, R_l, K), or all levels of one image or batch (..., R, K).
-Outputs = dict[str, torch.Tensor]
+from ..losses import BOX_LOSSES, mean_over_processes
+from ..staged import StagedDense, register_staged, stage_detector
+from .criteria import BoxLoss, Outputs
 
 
 @dataclass(frozen=True)
@@ -50,19 +47,18 @@ class Positives:
 
 
 class TowerDetector(DenseDetector):
-    """Base of GFL, ATSS, OpenMMLabFCOS and OpenMMLabRetinaNet.
+    """A dense detector put together from a head, anchors, an assigner, a box coder and a criterion.
 
-    Subclasses implement ``losses``. The convention is OpenMMLab's: losses are divided by the
-    batch's own positives, and inference keeps the best locations of a level with all their classes.
+    Subclasses name their config node and build the parts from it. The convention is OpenMMLab's: losses are divided by
+    the batch's own positives, and inference keeps the best locations of a level with all their classes.
 
     Args:
         head: a :class:`~d2_distill.detectors.head.TowerHead`.
         anchor_generator: anchors of the levels.
         assigner: gives each anchor its ground truth, see :mod:`d2_distill.assigners`.
         box_coder: one of :mod:`~d2_distill.detectors.box_coders`.
-        num_classes: of the foreground.
-        box_loss: element-wise loss of paired boxes, see :func:`build_box_loss`.
-        box_loss_weight: factor on it.
+        criterion: the losses, one of :mod:`~d2_distill.detectors.criteria`.
+        num_classes: number of foreground classes.
         test_score_thresh: class scores above it are kept.
         test_topk_candidates: locations of a level that are kept.
         test_nms_thresh: IoU of the non-maximum suppression.
@@ -70,6 +66,8 @@ class TowerDetector(DenseDetector):
         kwargs: of DenseDetector.
     """
 
+    # Name of its node below MODEL.
+    config_node: str
     # Whether anchors of cells that are only batch padding are left out of the assignment.
     ignores_padding = True
 
@@ -78,11 +76,10 @@ class TowerDetector(DenseDetector):
         *,
         head: nn.Module,
         anchor_generator: nn.Module,
-        assigner: Callable,
-        box_coder,
+        assigner: Assigner,
+        box_coder: Any,
+        criterion: Callable[..., dict[str, torch.Tensor]],
         num_classes: int,
-        box_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        box_loss_weight: float,
         test_score_thresh: float,
         test_topk_candidates: int,
         test_nms_thresh: float,
@@ -93,34 +90,31 @@ class TowerDetector(DenseDetector):
         self.anchor_generator = anchor_generator
         self.assigner = assigner
         self.box_coder = box_coder
+        self.criterion = criterion
         self.num_classes = num_classes
-        self.box_loss = box_loss
-        self.box_loss_weight = box_loss_weight
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
         self.max_detections_per_image = max_detections_per_image
 
-    @property
-    def strides(self) -> Sequence[int]:
-        """Of the levels, in pixels."""
-        return self.anchor_generator.strides
-
     @torch.no_grad()
-    def assign(self, anchors: list[Boxes], gt_instances: list[Instances]) -> Assignment:
-        """Targets of the batch; ``anchors`` are one Boxes a level, ``gt_instances`` one a training image."""
-        truth = GroundTruth.from_instances(gt_instances)
-        valid = self.valid_anchors(anchors, gt_instances)
-        matches = self.assigner(
-            Boxes.cat(anchors).tensor, [len(boxes) for boxes in anchors], self.strides, truth, valid
+    def assign(self, grid: AnchorGrid, truth: GroundTruth, outputs: Outputs) -> Assignment:
+        """Return the targets of the batch; ``outputs`` are (N, R, K)."""
+        predicted = Predicted(
+            scores=lambda: self.class_scores(outputs)[..., : self.num_classes].float(),
+            boxes=lambda: self.box_coder.decode(outputs["deltas"], grid.boxes, grid.stride),
         )
-        return truth.assignment(matches, self.num_classes, valid)
+        return truth.assignment(self.assigner(grid, truth, predicted), self.num_classes, grid.valid)
 
-    def losses(
-        self, anchors: list[Boxes], outputs: dict[str, list[torch.Tensor]], assignment: Assignment
-    ) -> dict[str, torch.Tensor]:
-        """Scalar losses by name; ``outputs`` are (N, R_l, K), one a level."""
-        raise NotImplementedError
+    def losses(self, grid: AnchorGrid, outputs: Outputs, assignment: Assignment) -> dict[str, torch.Tensor]:
+        """Return scalar losses by name; ``outputs`` are (N, R, K)."""
+        # Losses are not taken in half precision.
+        outputs = {name: output.float() for name, output in outputs.items()}
+        return self.criterion(self, grid, outputs, assignment)
+
+    def normalizer(self, grid: AnchorGrid, assignment: Assignment) -> torch.Tensor:
+        """Return the number that the class loss is divided by, averaged over the processes."""
+        return mean_over_processes(assignment.normalizer)
 
     def class_scores(self, outputs: Outputs) -> torch.Tensor:
         """Class probabilities (..., num_scores) from outputs (..., K)."""
@@ -130,53 +124,23 @@ class TowerDetector(DenseDetector):
         """What detections are ranked by, of the shape of the class scores."""
         return scores * outputs["centerness"].sigmoid() if "centerness" in outputs else scores
 
-    def strides_of(self, anchors: list[Boxes]) -> torch.Tensor:
-        """(R,) stride of each anchor."""
-        return torch.cat([
-            boxes.tensor.new_full((len(boxes),), stride) for boxes, stride in zip(anchors, self.strides)
-        ])
-
-    def valid_anchors(
-        self, anchors: list[Boxes], gt_instances: list[Instances]
-    ) -> torch.Tensor | None:
-        """(N, R) bool: anchors whose cells belong to the image, and not only to the padding of its batch."""
-        if not self.ignores_padding:
-            return None
-        grid_sizes = self._grid_sizes(anchors)
-        per_cell = self.anchor_generator.num_anchors[0]
-        masks = [
-            valid_locations(x.image_size, grid_sizes, self.strides, device=anchors[0].device)
-            for x in gt_instances
-        ]
-        return torch.stack(masks).repeat_interleave(per_cell, dim=1)
-
-    def _grid_sizes(self, anchors: list[Boxes]) -> list[tuple[int, int]]:
-        """(H, W) of each level's feature map, read off the distance of its first and last cell."""
-        spans = [
-            (boxes.tensor[-1] - boxes.tensor[number - 1])[:2] / stride
-            for boxes, number, stride in zip(anchors, self.anchor_generator.num_anchors, self.strides)
-        ]
-        return [(rows + 1, columns + 1) for columns, rows in torch.stack(spans).round().int().tolist()]
-
     def forward_training(self, images, features, predictions, gt_instances) -> dict[str, torch.Tensor]:
-        anchors = self.anchor_generator(features)
-        return self.losses(anchors, self._flatten(predictions), self.assign(anchors, gt_instances))
+        run = stage_detector(self).run(images, gt_instances)
+        # A stage that is set is not computed.
+        run.features = dict(zip(self.head_in_features, features))
+        run.predictions = dict(zip(self.head.predictors, predictions))
+        return run.losses
 
-    def _flatten(self, predictions: list[list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
-        per_cell = self.anchor_generator.num_anchors[0]
-        dims = [levels[0].shape[1] // per_cell for levels in predictions]
-        return dict(zip(self.head.predictors, self._transpose_dense_predictions(predictions, dims)))
-
-    def positives(self, anchors: list[Boxes], deltas: torch.Tensor, assignment: Assignment) -> Positives:
+    def positives(self, grid: AnchorGrid, deltas: torch.Tensor, assignment: Assignment) -> Positives:
         """Gather the positive anchors; ``deltas`` are (N, R, box_dim)."""
-        rows = assignment.foreground.nonzero(as_tuple=True)
+        rows = assignment.positives
         get_event_storage().put_scalar("num_pos_anchors", len(rows[0]) / len(deltas))
-        of_rows, strides = Boxes.cat(anchors).tensor[rows[1]], self.strides_of(anchors)[rows[1]]
+        anchors, strides = grid.boxes[rows[1]], grid.stride[rows[1]]
         deltas = deltas[rows]
-        boxes = self.box_coder.decode(deltas, of_rows, strides)
+        boxes = self.box_coder.decode(deltas, anchors, strides)
         return Positives(
             rows=rows,
-            anchors=of_rows / strides[:, None],
+            anchors=anchors / strides[:, None],
             boxes=boxes / strides[:, None],
             targets=assignment.boxes[rows] / strides[:, None],
             deltas=deltas,
@@ -185,20 +149,20 @@ class TowerDetector(DenseDetector):
     def forward_inference(
         self, images: ImageList, features: list[torch.Tensor], predictions: list[list[torch.Tensor]]
     ) -> list[Instances]:
-        anchors = self.anchor_generator(features)
-        outputs = self._flatten(predictions)
+        grid = stage_detector(self).grid(features, images)
+        outputs = {name: [grid.flatten(x) for x in maps] for name, maps in zip(self.head.predictors, predictions)}
         return [
             self._inference_single_image(
-                anchors, {name: [x[index] for x in levels] for name, levels in outputs.items()}, image_size
+                grid, {name: [x[index] for x in levels] for name, levels in outputs.items()}, image_size
             )
             for index, image_size in enumerate(images.image_sizes)
         ]
 
     def _inference_single_image(
-        self, anchors: list[Boxes], outputs: dict[str, list[torch.Tensor]], image_size: tuple[int, int]
+        self, grid: AnchorGrid, outputs: dict[str, list[torch.Tensor]], image_size: tuple[int, int]
     ) -> Instances:
         candidates = []
-        for level, (boxes, stride) in enumerate(zip(anchors, self.strides)):
+        for level, (boxes, stride) in enumerate(zip(grid.level_boxes(), grid.strides)):
             of_level = {name: levels[level] for name, levels in outputs.items()}
             candidates.append(self._candidates(boxes.tensor, stride, of_level, image_size))
         return self._suppress(Instances.cat(candidates))
@@ -226,45 +190,42 @@ class TowerDetector(DenseDetector):
         return Instances(image_size, pred_boxes=boxes, scores=ranked[rows, classes], pred_classes=classes)
 
 
+@register_staged(TowerDetector)
 class StagedTowerDetector(StagedDense):
-    """The project's own one-stage detectors."""
+    """The project's own dense detectors."""
 
     def __init__(self, model: TowerDetector) -> None:
         super().__init__(model)
-        head = model.head
-        self.towers = {"cls": Tower(head.cls_subnet), "box": Tower(head.bbox_subnet)}
-        self.predictors = head.predictors
-        if isinstance(model.box_coder, DistributionCoder):
-            self.reg_max = model.box_coder.reg_max
-        self.assigns_points = isinstance(model.assigner, PointAssigner)
-        self.averages_normalizer = not isinstance(model.assigner, MaxIoUAssigner)
-        if isinstance(model.assigner, ATSSAssigner):
-            self.atss_topk = model.assigner.topk
+        self.towers = model.head.towers
+        self.predictors = model.head.predictors
+        self.reg_max = model.box_coder.reg_max
+        self.assigns_points = model.assigner.assigns_points
 
-    def predict(self, output: str, feature: torch.Tensor, level: int) -> torch.Tensor:
-        return self.model.head.predict(output, feature, level)
+    @classmethod
+    def num_classes_key(cls, model_class: type[TowerDetector], cfg: Any) -> str:
+        return f"MODEL.{model_class.config_node}.NUM_CLASSES"
 
-    def assign(self, anchors: list[Boxes], gt_instances: list[Instances]) -> Assignment:
-        return self.model.assign(anchors, gt_instances)
+    def predict(self, output, features, level) -> torch.Tensor:
+        return self.model.head.predict(output, features, level)
 
-    def valid_anchors(
-        self, anchors: list[Boxes], gt_instances: list[Instances]
-    ) -> torch.Tensor | None:
-        return self.model.valid_anchors(anchors, gt_instances)
+    def grid(self, features, images) -> AnchorGrid:
+        grid = super().grid(features, images)
+        return replace(grid, image_sizes=tuple(images.image_sizes)) if self.model.ignores_padding else grid
 
-    def losses(self, anchors, outputs, assignment) -> dict[str, torch.Tensor]:
-        return self.model.losses(anchors, outputs, assignment)
+    def assign(self, grid, truth, outputs) -> Assignment:
+        return self.model.assign(grid, truth, outputs)
+
+    def losses(self, grid, outputs, assignment) -> dict[str, torch.Tensor]:
+        return self.model.losses(grid, outputs, assignment)
+
+    def normalizer(self, grid, assignment) -> torch.Tensor:
+        return self.model.normalizer(grid, assignment)
 
     def decode_rows(self, deltas, anchors, strides) -> torch.Tensor:
         return self.model.box_coder.decode(deltas, anchors, strides)
 
     def class_scores(self, outputs: Outputs) -> torch.Tensor:
         return self.model.class_scores(outputs)
-
-
-def concatenate_levels(outputs: dict[str, list[torch.Tensor]]) -> Outputs:
-    """Outputs (N, R, K) of all levels, in float32: losses are not taken in half precision."""
-    return {name: torch.cat(levels, dim=1).float() for name, levels in outputs.items()}
 
 
 def square_anchors(input_shape: list[ShapeSpec], scale: float, offset: float) -> DefaultAnchorGenerator:
@@ -279,11 +240,11 @@ def square_anchors(input_shape: list[ShapeSpec], scale: float, offset: float) ->
     )
 
 
-def common_arguments(cfg, family: str) -> tuple[dict[str, Any], list[ShapeSpec]]:
-    """The head's input, and constructor arguments that all one-stage detectors read alike.
+def common_arguments(cfg, name: str) -> tuple[dict[str, Any], list[ShapeSpec]]:
+    """The head's input, and constructor arguments that all dense detectors read alike.
 
     Args:
-        family: their node below MODEL, such as "GFL".
+        name: of their node below MODEL, such as "GFL".
 
     Returns:
         Arguments by name, and the shapes of IN_FEATURES.
@@ -291,12 +252,12 @@ def common_arguments(cfg, family: str) -> tuple[dict[str, Any], list[ShapeSpec]]
     Raises:
         UserError: the backbone lacks one of IN_FEATURES.
     """
-    node, backbone = cfg.MODEL[family], build_backbone(cfg)
+    node, backbone = cfg.MODEL[name], build_backbone(cfg)
     shapes = backbone.output_shape()
-    for name in node.IN_FEATURES:
-        if name not in shapes:
+    for feature in node.IN_FEATURES:
+        if feature not in shapes:
             raise UserError(
-                f"MODEL.{family}.IN_FEATURES has {name!r}, which the backbone {cfg.MODEL.BACKBONE.NAME} "
+                f"MODEL.{name}.IN_FEATURES has {feature!r}, which the backbone {cfg.MODEL.BACKBONE.NAME} "
                 f"lacks; choose from {', '.join(shapes)}."
             )
     arguments = {
@@ -314,7 +275,7 @@ def common_arguments(cfg, family: str) -> tuple[dict[str, Any], list[ShapeSpec]]
 
 
 def head_arguments(node, input_shape: list[ShapeSpec]) -> dict[str, Any]:
-    """Arguments of a head that all one-stage detectors read alike from their node."""
+    """Arguments of a head that all dense detectors read alike from their node."""
     return {
         "input_shape": input_shape,
         "conv_dims": [input_shape[0].channels] * node.NUM_CONVS,
@@ -323,7 +284,7 @@ def head_arguments(node, input_shape: list[ShapeSpec]) -> dict[str, Any]:
     }
 
 
-def build_box_loss(name: str, key: str, **options) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def build_box_loss(name: str, key: str, **options) -> BoxLoss:
     """The box loss that a config names, with its options bound.
 
     Raises:

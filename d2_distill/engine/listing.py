@@ -21,7 +21,7 @@ from ..assistants.dense import StudentFeatures
 from ..detectors.building import build_detector
 from ..errors import PairError
 from ..methods import DISTILL_METHOD_REGISTRY, list_methods, refusals
-from ..staged import StagedDense, StagedDetector, adapter_of, stage_detector
+from ..staged import StagedDetector, adapter_of, stage_detector
 from ..teacher import Teacher
 
 WIDTH = 110
@@ -172,13 +172,8 @@ def list_backbones(cfg: CfgNode) -> dict[str, str]:
 
 def describe_detector(staged: StagedDetector) -> str:
     """What kind of detector it is, as far as methods ask."""
-    if not isinstance(staged, StagedDense):
-        roi_heads = getattr(staged.model, "roi_heads", None)
-        return "two-stage" + (f", {type(roi_heads).__name__}" if roi_heads is not None else "")
-    words = ["one-stage", "points" if staged.assigns_points else "anchors"]
-    words += ["centerness"] * ("centerness" in staged.predictors)
-    words += ["distributions"] * (staged.reg_max is not None)
-    return ", ".join(words)
+    family = "one-stage" if staged.family == "dense" else staged.family
+    return ", ".join([family, *staged.traits()])
 
 
 def summary(method: str) -> str:

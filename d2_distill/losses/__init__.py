@@ -8,6 +8,7 @@ from __future__ import annotations
 from .align import align_statistics
 from .centerness import centerness_targets
 from .distribution_focal import distribution_focal_loss
+from .focal import focal_loss_sum
 from .iou import BOX_LOSSES, ciou_loss, diou_loss, giou_loss, linear_iou_loss, log_iou_loss
 from .kd_kl_div import kd_kl_div_loss
 from .pearson import pearson_loss
@@ -21,6 +22,7 @@ __all__ = [
     "ciou_loss",
     "diou_loss",
     "distribution_focal_loss",
+    "focal_loss_sum",
     "giou_loss",
     "kd_kl_div_loss",
     "linear_iou_loss",

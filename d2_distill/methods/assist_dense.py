@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
 from ..assistants.dense import DenseAssistant, end_channels, tower_ends
@@ -47,7 +46,7 @@ class SameLevels(AssistSetting):
     @classmethod
     def build(cls, cfg: CfgNode, student: StagedDense, teacher: Teacher) -> "SameLevels":
         node = cfg.MODEL.DISTILL.HEAD
-        if not isinstance(teacher.model, DenseDetector):
+        if teacher.staged.is_wrapper:
             raise PairError(
                 f"HEAD cannot use the teacher {teacher.staged.kind}, for which no head of its kind can be built on the "
                 "student's features; choose another one-stage detector, or a two-stage one."

@@ -122,9 +122,10 @@ class SharedRoIs(RoISetting):
     @classmethod
     def build(cls, cfg: CfgNode, student: StagedDetector, teacher: Teacher | None) -> "SharedRoIs":
         node, cross = cfg.MODEL.DISTILL.HEAD, None
-        if student.roi_heads is None:
+        if getattr(student, "roi_heads", None) is None:
+            heads = getattr(student.model, "roi_heads", student.model)
             raise PairError(
-                f"HEAD cannot use the student's RoI heads {type(student.model.roi_heads).__name__}: they must be "
+                f"HEAD cannot use the student's RoI heads {type(heads).__name__}: they must be "
                 "StandardROIHeads with boxes only; set MODEL.ROI_HEADS.NAME to 'StandardROIHeads', and MODEL.MASK_ON, "
                 "MODEL.KEYPOINT_ON and MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES to False."
             )

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import Boxes
 from torch import nn
 
-from ..boxes.geometry import distances_to_sides
 from ..errors import PairError, UserError
+from ..layers.tower import Tap, Tower
 from ..losses import (
     BOX_LOSSES,
     align_statistics,
-    centerness_targets,
     kd_kl_div_loss,
-    mean_over_processes,
     quality_focal_loss,
     weighted_mean,
 )
-from ..staged import DenseRun, StagedDense, StagedDetector, Tap
+from ..staged import DenseRun, StagedDense, StagedDetector
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import require_same_classes, require_same_strides, require_teacher, same_anchors
 from .schedules import build_schedule
@@ -34,6 +32,22 @@ OUTPUTS = {
     "loss_crosskd_centerness": "centerness",
 }
 TAP_KEYS = {"cls": "CLS_TAP", "box": "BOX_TAP"}
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where a tower of the student goes on in a tower of the teacher.
+
+    Attributes:
+        student, teacher: branches.
+        tap: the place in both towers.
+        outputs: what the teacher predicts from there.
+    """
+
+    student: str
+    teacher: str
+    tap: Tap
+    outputs: tuple[str, ...]
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -52,23 +66,24 @@ class CrossKD(DistillMethod):
     - ``loss_crosskd_centerness``: binary cross entropy with the teacher's centerness at the student's
       positives, sum / N.
 
-    N is the student's number of positives, where an image without any counts as one, averaged over the
-    processes unless the student is a RetinaNet; for FCOS it is the sum of the positives' centerness targets,
-    averaged too. Anchors that the student's assigner ignores are left out.
+    N is what the student divides its own class loss by (``StagedDense.normalizer``): its number of positives, where
+    an image without any counts as one, averaged over the processes unless the student is a RetinaNet; for FCOS the sum
+    of the positives' centerness targets, averaged as well. Anchors that the student's assigner ignores are left out.
 
     The publication has pairs of equal heads only. Chosen here: where the anchors differ, those are left out
-    that see only padding by the teacher's rule (``StagedDense.valid_anchors``). GFLv2's class logits are
+    that see only padding by the teacher's rule (``AnchorGrid.valid``). GFLv2's class logits are
     compared without the output that is no class and without its quality, which follows from the box
-    distributions; r contains the quality.
+    distributions; r contains the quality. Where a predictor of the teacher reads its tower before the tap as well, it
+    reads the teacher's own feature there.
 
     Args:
-        taps: branch -> where both towers are tapped, for each branch that a term needs.
+        crossings: name -> where the student's tower goes on in the teacher's, for each that a term needs.
         cls_beta: exponent of the quality focal modulation.
         box_loss: "kl" for the divergence of distributions, or a key of ``losses.BOX_LOSSES``.
         box_temperature: softens the distributions.
         normalizer_floor: lower bound of N.
         shares_anchors: whether student and teacher have the same anchors.
-        adapters: branch -> channels of the student's and of the teacher's tap, where they differ.
+        adapters: name of a crossing -> channels of the student's and of the teacher's tap, where they differ.
     """
 
     WEIGHT_KEYS = {
@@ -80,7 +95,7 @@ class CrossKD(DistillMethod):
     def __init__(
         self,
         *,
-        taps: Mapping[str, Tap],
+        crossings: Mapping[str, Crossing],
         cls_beta: float,
         box_loss: str,
         box_temperature: float,
@@ -90,7 +105,7 @@ class CrossKD(DistillMethod):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        self.tap_of = taps
+        self.crossings = crossings
         self.cls_beta = cls_beta
         self.box_loss = box_loss
         self.box_temperature = box_temperature
@@ -98,7 +113,7 @@ class CrossKD(DistillMethod):
         self.shares_anchors = shares_anchors
         # Without bias, which the alignment would remove.
         self.adapters = nn.ModuleDict({
-            branch: nn.Conv2d(*channels, 1, bias=False) for branch, channels in (adapters or {}).items()
+            name: nn.Conv2d(*channels, 1, bias=False) for name, channels in (adapters or {}).items()
         })
 
     @classmethod
@@ -111,33 +126,40 @@ class CrossKD(DistillMethod):
         if node.CENTERNESS_WEIGHT:
             _check_centerness(student, teacher.staged)
         weights = cls.configured_weights(cfg)
-        used = {teacher.staged.predictors[OUTPUTS[term]][0] for term, weight in weights.items() if weight}
-        taps = {branch: _tap(node, branch, student, teacher.staged) for branch in sorted(used)}
+        outputs = [OUTPUTS[term] for term, weight in weights.items() if weight]
+        crossings = _crossings(node, outputs, student, teacher.staged)
         channels = {
-            branch: tuple(side.tap_channels(branch, tap.position) for side in (student, teacher.staged))
-            for branch, tap in taps.items()
+            name: (
+                student.tap_channels(crossing.student, crossing.tap.position),
+                teacher.staged.tap_channels(crossing.teacher, crossing.tap.position),
+            )
+            for name, crossing in crossings.items()
         }
         return {
-            "taps": taps,
+            "crossings": crossings,
             "cls_beta": node.CLS_BETA,
             "box_loss": _box_loss(node.BOX_LOSS, teacher.staged),
             "box_temperature": node.BOX_TEMPERATURE,
             "normalizer_floor": node.NORMALIZER_FLOOR,
             "shares_anchors": same_anchors(student, teacher.staged),
-            "adapters": {branch: pair for branch, pair in channels.items() if pair[0] != pair[1]},
+            "adapters": {name: pair for name, pair in channels.items() if pair[0] != pair[1]},
             "weights": weights,
             "schedule": build_schedule(node.SCHEDULE, f"{KEY}.SCHEDULE"),
         }
 
     def taps(self):
-        return {branch: frozenset({tap}) for branch, tap in self.tap_of.items()}
+        wanted: dict[str, frozenset[Tap]] = {}
+        for crossing in self.crossings.values():
+            for branch in (crossing.student, crossing.teacher):
+                wanted[branch] = wanted.get(branch, frozenset()) | {crossing.tap}
+        return wanted
 
     def forward(self, student: DenseRun, teacher: DenseRun) -> dict[str, torch.Tensor]:
-        crossed = self.crossed_outputs(student, teacher)
+        crossed, own = self.crossed_outputs(student, teacher), teacher.outputs
         with torch.no_grad():
-            own = {output: torch.cat(levels, dim=1) for output, levels in teacher.outputs.items()}
-            valid = student.assignment.valid if self.shares_anchors else teacher.valid_anchors
-            normalizer = self._normalizer(student)
+            valid = student.assignment.valid if self.shares_anchors else teacher.grid.valid
+            normalizer = student.staged.normalizer(student.grid, student.assignment)
+            normalizer = normalizer.clamp(min=self.normalizer_floor)
 
         terms = {}
         if "loss_crosskd_cls" in self.weights:
@@ -154,7 +176,7 @@ class CrossKD(DistillMethod):
                 loss = kd_kl_div_loss(ours, theirs, self.box_temperature).mean(dim=-1)
                 terms["loss_crosskd_box"] = weighted_mean(loss, confidence, confidence.sum())
             else:
-                ours, theirs = (teacher.staged.decode(teacher.anchors, x) for x in (ours, theirs))
+                ours, theirs = (teacher.staged.decode(teacher.grid, x) for x in (ours, theirs))
                 loss = BOX_LOSSES[self.box_loss](ours, theirs)
                 terms["loss_crosskd_box"] = weighted_mean(loss, confidence, normalizer)
         if "loss_crosskd_centerness" in self.weights:
@@ -166,33 +188,36 @@ class CrossKD(DistillMethod):
 
     def crossed_outputs(self, student: DenseRun, teacher: DenseRun) -> dict[str, torch.Tensor]:
         """What the teacher's head makes of the student's taps: output -> (N, R, K) at its R anchors."""
-        head = teacher.staged
-        maps: dict[str, list[torch.Tensor]] = {OUTPUTS[term]: [] for term in self.weights}
-        for branch, tap in self.tap_of.items():
-            # Taps behind an activation go through it again: the alignment may make features negative.
-            start = Tap(tap.position, activated=tap.position == 0)
-            pairs = zip(student.taps[branch][tap], teacher.taps[branch][tap])
-            for level, (ours, theirs) in enumerate(pairs):
+        wanted = [OUTPUTS[term] for term in self.weights]
+        maps: dict[str, list[torch.Tensor]] = {}
+        for name, crossing in self.crossings.items():
+            outputs = {
+                output: teacher.staged.predictors[output].reads for output in crossing.outputs if output in wanted
+            }
+            features = zip(student.taps[crossing.student][crossing.tap], teacher.taps[crossing.teacher][crossing.tap])
+            for level, (ours, theirs) in enumerate(features):
                 _require_same_size(level, ours, theirs)
-                if branch in self.adapters:
-                    ours = self.adapters[branch](ours)
-                end = head.towers[branch].run(align_statistics(ours, theirs), start)
-                for output, levels in maps.items():
-                    if head.predictors[output][0] == branch:
-                        levels.append(head.predict(output, end, level))
-        return {output: torch.cat(teacher.flatten(output, levels), dim=1) for output, levels in maps.items()}
+                if name in self.adapters:
+                    ours = self.adapters[name](ours)
+                places = {place for reads in outputs.values() for place in reads}
+                reached = _go_on(crossing, teacher.staged, align_statistics(ours, theirs), places)
+                for output, reads in outputs.items():
+                    read = [reached[place] if place in reached else _feature(teacher, place, level) for place in reads]
+                    maps.setdefault(output, []).append(teacher.staged.predict(output, read, level))
+        return {output: teacher.grid.join(levels) for output, levels in maps.items()}
 
-    def _normalizer(self, student: DenseRun) -> torch.Tensor:
-        """N, see the class."""
-        staged, assignment = student.staged, student.assignment
-        if staged.assigns_points:
-            distances = distances_to_sides(Boxes.cat(student.anchors).get_centers(), assignment.boxes)
-            normalizer = (centerness_targets(distances) * assignment.foreground).sum()
-        else:
-            normalizer = assignment.normalizer
-        if staged.averages_normalizer:
-            normalizer = mean_over_processes(normalizer)
-        return normalizer.clamp(min=self.normalizer_floor)
+def _go_on(
+    crossing: Crossing, teacher: StagedDense, x: torch.Tensor, places: Iterable[tuple[str, Tap]]
+) -> dict[tuple[str, Tap], torch.Tensor]:
+    """What the teacher's tower makes of a feature at the crossing, at those of the places that lie after it."""
+    tower, branch, tap = teacher.towers[crossing.teacher], crossing.teacher, crossing.tap
+    stops = [place for name, place in places if name == branch and place >= tap]
+    return {(branch, stop): feature for stop, feature in tower.run_through(x, stops, tower.resumed(tap)).items()}
+
+
+def _feature(run: DenseRun, place: tuple[str, Tap], level: int) -> torch.Tensor:
+    branch, tap = place
+    return run.taps[branch][tap][level]
 
 
 def _classes(staged: StagedDense, logits: torch.Tensor) -> torch.Tensor:
@@ -232,7 +257,7 @@ def _check_values(node) -> None:
 
 def _check_pair(student: StagedDetector, teacher: StagedDetector) -> None:
     for side, detector in (("student", student), ("teacher", teacher)):
-        if not isinstance(detector, StagedDense):
+        if detector.family != "dense":
             raise PairError(
                 f"CrossKD cannot use the {side} {detector.kind} (student {student.kind}, teacher "
                 f"{teacher.kind}); both must be one-stage detectors."
@@ -255,12 +280,27 @@ def _check_centerness(student: StagedDense, teacher: StagedDense) -> None:
         )
 
 
-def _tap(node, branch: str, student: StagedDense, teacher: StagedDense) -> Tap:
-    position = node[TAP_KEYS[branch]]
-    blocks = [len(side.towers[branch]) for side in (student, teacher)]
+def _crossings(
+    node, outputs: Iterable[str], student: StagedDense, teacher: StagedDense
+) -> dict[str, Crossing]:
+    """Where the student's towers go on in the teacher's to give these outputs, "cls" or "box" -> crossing."""
+    found: dict[str, Crossing] = {}
+    for output in outputs:
+        branch = teacher.predictors[output].reads[0][0]
+        # A tower that all outputs share is crossed into from the student's tower of the output.
+        name = branch if branch in TAP_KEYS else "cls" if output == "logits" else "box"
+        ours = name if name in student.towers else next(iter(student.towers))
+        tap = _tap(node, name, student.towers[ours], teacher.towers[branch])
+        before = found[name].outputs if name in found else ()
+        found[name] = Crossing(ours, branch, tap, (*before, output))
+    return dict(sorted(found.items()))
+
+
+def _tap(node, name: str, student: Tower, teacher: Tower) -> Tap:
+    position, blocks = node[TAP_KEYS[name]], [len(student), len(teacher)]
     if not 0 <= position <= min(blocks):
         raise UserError(
-            f"{KEY}.{TAP_KEYS[branch]} is {position}; the student's towers have {blocks[0]} blocks and the "
+            f"{KEY}.{TAP_KEYS[name]} is {position}; the student's towers have {blocks[0]} blocks and the "
             f"teacher's {blocks[1]} (NUM_CONVS), so it must lie between 0 and {min(blocks)}."
         )
     return Tap(position, activated=node.TAP_ACTIVATION == "post" or position == 0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from detectron2.modeling.roi_heads import StandardROIHeads
 
 from ..detectors.roi_heads import StagedRoIHeads
-from ..detectors.stock import RCNNRun, StagedRCNN
+from ..detectors.stock import RCNNRun
 from ..errors import PairError, UserError
 from ..losses import kd_kl_div_loss, weighted_mean
 from ..staged import StagedDetector
@@ -81,7 +81,7 @@ class CrossKDRoI(DistillMethod):
 
 def _require_standard_heads(student: StagedDetector, teacher: StagedDetector) -> None:
     for side, detector in (("student", student), ("teacher", teacher)):
-        heads = detector.model.roi_heads if isinstance(detector, StagedRCNN) else None
+        heads = getattr(detector.model, "roi_heads", None) if detector.family == "two-stage" else None
         if not isinstance(heads, StandardROIHeads):
             raise PairError(
                 f"CrossKDRoI cannot use the {side} {detector.kind} (student {student.kind}, teacher {teacher.kind}); "

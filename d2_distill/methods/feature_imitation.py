@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
-from ..staged import Run, StagedDense, StagedDetector
+from ..staged import Run, StagedDetector
 from ..teacher import Teacher
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .imitation_regions import REGIONS, ImitationRegion, finegrained, general_instances, inside_gt
@@ -159,7 +159,7 @@ def build_region(
 def _require_dense(region: str, student: StagedDetector, teacher: StagedDetector) -> None:
     sides = {"student": student, "teacher": teacher} if region == "gibox" else {"student": student}
     for side, detector in sides.items():
-        if not isinstance(detector, StagedDense):
+        if detector.family != "dense":
             raise UserError(
                 f"{KEY}.REGION {region!r} needs a one-stage {' and '.join(sides)}, but the {side} is "
                 f"{detector.kind} (student {student.kind}, teacher {teacher.kind}); 'whole', 'inside_gt' and "

@@ -8,9 +8,8 @@ import torch
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.utils.events import get_event_storage
 
-from ..detectors.stock import StagedRCNN
 from ..errors import PairError, UserError
-from ..staged import Run, StagedDense, StagedDetector
+from ..staged import Run, StagedDetector
 from ..teacher import Teacher
 from .assist_dense import SameLevels
 from .assist_rois import SharedRoIs, TracedRoIs
@@ -92,21 +91,25 @@ def _check_values(node) -> None:
 
 
 def _choose(student: StagedDetector, teacher: Teacher | None) -> type[AssistSetting]:
-    """The setting for a pair of these kinds."""
-    if teacher is not None and isinstance(teacher.staged, StagedRCNN):
-        roi_heads = teacher.staged.model.roi_heads
+    """The setting for a pair of these families."""
+    for side, detector in (("student", student), ("teacher", teacher and teacher.staged)):
+        if detector is not None and detector.family not in ("dense", "two-stage"):
+            raise PairError(
+                f"HEAD cannot use the {side} {detector.kind}, a {detector.family} detector; it must be a one-stage or a "
+                "two-stage detector."
+            )
+    if teacher is not None and teacher.staged.family == "two-stage":
+        roi_heads = getattr(teacher.staged.model, "roi_heads", None)
         if not isinstance(roi_heads, StandardROIHeads):
             raise PairError(
                 f"HEAD cannot use the teacher's RoI heads {type(roi_heads).__name__}; choose a teacher whose "
                 "MODEL.ROI_HEADS.NAME is 'StandardROIHeads' or 'CascadeROIHeads'."
             )
-    if isinstance(student, StagedRCNN):
-        if teacher is not None and not isinstance(teacher.staged, StagedRCNN):
+    if student.family == "two-stage":
+        if teacher is not None and teacher.staged.family != "two-stage":
             raise PairError(
                 f"HEAD cannot use the student {student.kind} with the teacher {teacher.staged.kind}: a two-stage "
                 "student needs a two-stage teacher, while a one-stage student may have either kind."
             )
         return SharedRoIs
-    if teacher is not None and isinstance(teacher.staged, StagedDense):
-        return SameLevels
-    return TracedRoIs
+    return SameLevels if teacher is not None and teacher.staged.family == "dense" else TracedRoIs

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
-from detectron2.structures import Boxes
 
-from ..boxes.geometry import centers_of
 from ..regions import finegrained_region, general_instance_rows, inside_boxes
 from ..staged import DenseRun, Run
 
@@ -62,16 +60,16 @@ def cells_of(student: Run, anchors: torch.Tensor) -> dict[str, torch.Tensor]:
 def _valid_and_positive(student: Run, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, R) bool each; all anchors are where the student does not tell."""
     everything = torch.ones_like(like)
-    if not isinstance(student, DenseRun):
+    if student.staged.family != "dense":
         return everything, everything
-    valid = student.valid_anchors
+    valid = student.grid.valid
     return everything if valid is None else valid, student.assignment.foreground
 
 
 def inside_gt(student: Run, teacher: Run) -> torch.Tensor:
     """Centres strictly inside a ground-truth box: of anchors or, where there are none, of cells."""
-    if isinstance(student, DenseRun):
-        points = centers_of(Boxes.cat(student.anchors).tensor)
+    if student.staged.family == "dense":
+        points = student.grid.centers
     else:
         strides = [shape.stride for shape in student.staged.feature_shapes().values()]
         points = torch.cat([_cell_centers(*level) for level in zip(student.features.values(), strides)])
@@ -86,8 +84,8 @@ def _cell_centers(feature: torch.Tensor, stride: int) -> torch.Tensor:
 
 def finegrained(student: DenseRun, teacher: Run) -> torch.Tensor:
     """Anchors near objects, see :func:`~d2_distill.regions.finegrained_region`."""
-    anchors, truth = Boxes.cat(student.anchors).tensor, student.truth
-    return finegrained_region(anchors, truth.boxes, truth.valid, student.valid_anchors)
+    grid, truth = student.grid, student.truth
+    return finegrained_region(grid.boxes, truth.boxes, truth.valid, grid.valid)
 
 
 def positives(student: DenseRun, teacher: Run) -> torch.Tensor:
@@ -103,13 +101,13 @@ def general_instances(student: DenseRun, teacher: DenseRun, *, per_image: bool =
     Args:
         per_image: 10 of each image. False: 10 of the batch, and boxes suppress those of other images.
     """
-    sizes, valid = [len(boxes) for boxes in student.anchors], student.valid_anchors
+    grid = student.grid
     predictions = [x for pair in zip(scores_and_boxes(student), scores_and_boxes(teacher)) for x in pair]
-    if valid is not None:
+    if grid.valid is not None:
         # Without a difference in scores padding comes last.
-        predictions[1] = predictions[1].where(valid[..., None], predictions[0])
+        predictions[1] = predictions[1].where(grid.valid[..., None], predictions[0])
     masks = []
-    for level in zip(*(x.split(sizes, dim=1) for x in predictions)):
+    for level in zip(*map(grid.split, predictions)):
         groups = level if per_image else [x.flatten(end_dim=1)[None] for x in level]
         mask = torch.zeros(groups[0].shape[:2], dtype=torch.bool, device=groups[0].device)
         for chosen, group in zip(mask, zip(*groups)):
@@ -118,14 +116,12 @@ def general_instances(student: DenseRun, teacher: DenseRun, *, per_image: bool =
     return torch.cat(masks, dim=1)
 
 
+@torch.no_grad()
 def scores_and_boxes(run: DenseRun) -> tuple[torch.Tensor, torch.Tensor]:
     """Class probabilities (N, R, num_classes) and XYXY boxes (N, R, 4) in pixels, without gradient."""
-    # Stages keep what the first access gives: it must not be one without gradient.
-    outputs = {name: torch.cat(levels, dim=1) for name, levels in run.outputs.items()}
-    with torch.no_grad():
-        # GFLv2 has one score more than classes.
-        scores = run.staged.class_scores(outputs)[..., : run.staged.num_classes]
-        return scores, run.staged.decode(run.anchors, outputs["deltas"])
+    # GFLv2 has one score more than classes.
+    scores = run.staged.class_scores(run.outputs)[..., : run.staged.num_classes]
+    return scores, run.staged.decode(run.grid, run.outputs["deltas"])
 
 
 # By the name in MODEL.DISTILL.IMITATION.REGION.

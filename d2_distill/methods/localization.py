@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
-from detectron2.structures import Boxes
 
 from ..assigners import atss_thresholds
 from ..errors import PairError, UserError
@@ -39,22 +38,21 @@ class ValuableRegion:
             run: the student's.
             confidence: gives the highest class score (N, R) of each anchor.
         """
-        anchors, truth = Boxes.cat(run.anchors), run.truth
+        grid, truth = run.grid, run.truth
         if self.inside_box:
-            inside = inside_boxes(anchors.get_centers(), truth.boxes, truth.valid)
+            inside = inside_boxes(grid.centers, truth.boxes, truth.valid)
             values = inside if self.binary else inside * confidence()
         else:
-            level_sizes = [len(boxes) for boxes in run.anchors]
-            thresholds = atss_thresholds(
-                anchors.tensor, level_sizes, truth.boxes, run.valid_anchors, topk=run.staged.atss_topk
-            )
+            thresholds = run.assignment.thresholds
+            if thresholds is None:  # the student assigns otherwise than by ATSS
+                thresholds = atss_thresholds(grid.boxes, grid.level_sizes, truth.boxes, grid.valid)
             values = valuable_region(
-                anchors.tensor, truth.boxes, truth.valid, thresholds, run.valid_anchors, self.gamma, self.overlap
+                grid.boxes, truth.boxes, truth.valid, thresholds, grid.valid, self.gamma, self.overlap
             )
             values = values > 0 if self.binary else values
         if self.inside_box or self.exclude_positives:
             values = values * ~run.assignment.foreground
-        return values.to(anchors.tensor.dtype)
+        return values.to(grid.boxes.dtype)
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -138,8 +136,7 @@ class LD(DistillMethod):
         }
 
     def forward(self, student: DenseRun, teacher: DenseRun) -> dict[str, torch.Tensor]:
-        outputs = {name: torch.cat(levels, dim=1) for name, levels in student.outputs.items()}
-        targets = {name: torch.cat(levels, dim=1) for name, levels in teacher.outputs.items()}
+        outputs, targets = student.outputs, teacher.outputs
 
         def confidence(rows=slice(None)) -> torch.Tensor:
             with torch.no_grad():
@@ -148,7 +145,7 @@ class LD(DistillMethod):
 
         terms = {}
         if {"loss_ld", "loss_kd"} & set(self.weights):
-            rows = student.assignment.foreground.nonzero(as_tuple=True)
+            rows = student.assignment.positives
             if "loss_ld" in self.weights:
                 terms["loss_ld"] = self._boxes("loss_ld", outputs, targets, rows, confidence(rows))
             if "loss_kd" in self.weights:
@@ -178,14 +175,15 @@ class LD(DistillMethod):
         divergence = kd_kl_div_loss(
             ours[:, :scores], theirs[:, :scores], self.temperatures[term], class_reduction="mean"
         )
-        sizes = torch.tensor([len(boxes) for boxes in student.anchors], device=divergence.device)
-        level = torch.bucketize(rows[1], sizes.cumsum(dim=0), right=True)
-        return (divergence / level.bincount(minlength=len(sizes))[level]).sum()
+        levels = range(len(student.grid.strides))
+        in_level = student.grid.per_anchor(levels)[rows[1]] == torch.arange(len(levels), device=divergence.device)[:, None]
+        counts = in_level.sum(dim=1).clamp(min=1)
+        return ((divergence * in_level).sum(dim=1) / counts).sum()
 
 
 def _check_pair(student, teacher, on_boxes: bool) -> None:
     for side, detector in (("student", student), ("teacher", teacher)):
-        if not isinstance(detector, StagedDense) or (on_boxes and detector.reg_max is None):
+        if detector.family != "dense" or (on_boxes and detector.reg_max is None):
             raise PairError(
                 f"LD cannot use the {side} {detector.kind} (student {student.kind}, teacher {teacher.kind}): it "
                 "distils boxes that are predicted as distributions; use GFL or GFLv2, or ATSS, OpenMMLabFCOS or "

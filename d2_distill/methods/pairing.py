@@ -89,7 +89,7 @@ def require_same_strides(student: StagedDense, teacher: StagedDense, method: str
 
 def same_anchors(student: StagedDense, teacher: StagedDense) -> bool:
     """Whether the anchors of two detectors of the same strides are the same."""
-    mine, other = (detector.model.anchor_generator for detector in (student, teacher))
+    mine, other = (detector.innermost.anchor_generator for detector in (student, teacher))
     pairs = zip(mine.cell_anchors, other.cell_anchors)
     same_grid = type(mine) is type(other) and mine.offset == other.offset
     return same_grid and all(a.shape == b.shape and a.allclose(b) for a, b in pairs)

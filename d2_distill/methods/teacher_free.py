@@ -72,7 +72,7 @@ class TFHEAD(DistillMethod):
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
         node = cfg.MODEL.DISTILL.TF_HEAD
-        if not isinstance(student, StagedDense):
+        if student.family != "dense":
             raise PairError(
                 f"TFHEAD cannot use the student {student.kind}; it must be a one-stage detector "
                 "(MODEL.DISTILL.STUDENT)."

@@ -1,8 +1,7 @@
-"""What becomes of a detector's boxes at test time."""
+"""What becomes of a detector's boxes at test time; functions of tensors only."""
 
 from __future__ import annotations
 
 from .cluster_nms import cluster_nms
-from .selection import select_nms
 
-__all__ = ["cluster_nms", "select_nms"]
+__all__ = ["cluster_nms"]

@@ -105,7 +105,7 @@ def slow_propose(staged: StagedDense, run: DenseRun, image: int, proposer: Dense
     for level, shape in enumerate(shapes):
         logits, deltas = (run.predictions[name][level][image].double() for name in ("logits", "deltas"))
         rows, columns = logits.shape[1:]
-        anchors = run.anchors[level].tensor.double().view(rows, columns, -1, 4).tolist()
+        anchors = run.grid.level_boxes()[level].tensor.double().view(rows, columns, -1, 4).tolist()
         per_cell = len(anchors[0][0])
         scores, sides = len(logits) // per_cell, len(deltas) // per_cell
         found = []

@@ -9,9 +9,10 @@ from detectron2.modeling import build_backbone
 from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 
-from d2_distill.backbones import FixedBatchNorm2d, LowResolution
+from d2_distill.backbones import LowResolution
 from d2_distill.backbones.low_resolution import decimate
 from d2_distill.errors import UserError
+from d2_distill.layers.fixed_batch_norm import FixedBatchNorm2d
 
 from ..low_resolution_pairs import LEVELS, STAGES, of_student, of_teacher
 from ..small_detectors import batch, build, detector_cfg, image_input

@@ -9,8 +9,8 @@ import torchvision
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from d2_distill.backbones import FixedBatchNorm2d
 from d2_distill.errors import UserError
+from d2_distill.layers.fixed_batch_norm import FixedBatchNorm2d
 
 from .torchvision_trunks import (
     assert_channels_last_computes_the_same,

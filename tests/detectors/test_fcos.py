@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detectron2.structures import Boxes, ImageList
+from detectron2.structures import ImageList
 
 from d2_distill.errors import UserError
+from d2_distill.layers.tower import Tap
+from d2_distill.staged import stage_detector
 
 from ..small_detectors import batch, build, detector_cfg
 
@@ -40,8 +42,8 @@ def test_an_offset_that_the_box_loss_does_not_have(loss):
 
 
 def test_forms_of_the_head():
-    assert _build(CENTERNESS_ON="cls").head.predictors["centerness"][0] == "cls"
-    assert _build(CENTERNESS_ON="box").head.predictors["centerness"][0] == "box"
+    assert _build(CENTERNESS_ON="cls").head.predictors["centerness"].reads == (("cls", Tap(2)),)
+    assert _build(CENTERNESS_ON="box").head.predictors["centerness"].reads == (("box", Tap(2)),)
     # Convolutions in front of a norm have a bias in AdelaiDet's form only; those without a norm always.
     for options, bias in (({}, False), ({"TOWER_BIAS": True}, True), ({"NORM": ""}, True)):
         assert (_build(**options).head.cls_subnet[0].bias is not None) == bias
@@ -136,11 +138,8 @@ def test_adelaidet_keeps_equals_of_the_last_detection():
 def test_center_sampling(radius, fewer):
     """Without it all locations in a box of the right size are positive, with it those near its centre."""
     model, inputs = _build(CENTER_SAMPLING_RADIUS=radius), batch()
-    features = model.backbone(model.preprocess_image(inputs).tensor)
-    anchors = model.anchor_generator([features[name] for name in model.head_in_features])
-    assignment = model.assign(anchors, [x["instances"] for x in inputs])
-    points = Boxes.cat(anchors).get_centers()
-    strides = model.strides_of(anchors)
+    run = stage_detector(model).run(model.preprocess_image(inputs), [x["instances"] for x in inputs])
+    assignment, points, strides = run.assignment, run.grid.centers, run.grid.stride
     inside, near = 0, 0
     for index, x in enumerate(inputs):
         for box, label in zip(x["instances"].gt_boxes.tensor, x["instances"].gt_classes):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
-from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
 from d2_distill.assigners import Assignment
 from d2_distill.detectors import OpenMMLabRetinaNet
 from d2_distill.errors import UserError
+from d2_distill.staged import stage_detector
 
 from ..small_detectors import batch, build, detector_cfg, image_input
 
@@ -29,9 +30,8 @@ def _losses(model, inputs):
 
 def _assign(model, inputs):
     """The anchors of all levels, and the assignment."""
-    features = model.backbone(model.preprocess_image(inputs).tensor)
-    anchors = model.anchor_generator([features[name] for name in model.head_in_features])
-    return Boxes.cat(anchors).tensor, model.assign(anchors, [x["instances"] for x in inputs])
+    run = stage_detector(model).run(model.preprocess_image(inputs), [x["instances"] for x in inputs])
+    return run.grid.boxes, run.assignment
 
 
 @pytest.mark.parametrize("norm", ["", "GN"])
@@ -114,7 +114,7 @@ def test_boxes_are_bounded_on_both_sides_at_inference(model):
 
 def test_weight_of_the_box_loss(model):
     doubled = copy.deepcopy(model)
-    doubled.box_loss_weight = 2.0
+    doubled.criterion = dataclasses.replace(model.criterion, box_loss_weight=2.0)
     expected, actual = _losses(model, batch())[0], _losses(doubled, batch())[0]
     assert torch.equal(actual["loss_box_reg"], 2 * expected["loss_box_reg"])
     assert torch.equal(actual["loss_cls"], expected["loss_cls"])

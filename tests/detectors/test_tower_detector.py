@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torchvision.ops import batched_nms
 
 from d2_distill.detectors import TowerDetector
 from d2_distill.errors import UserError
+from d2_distill.staged import stage_detector
 
 from ..small_detectors import CASES, batch, build, detector_cfg, image_input
 
@@ -47,11 +49,8 @@ def losses_of(model, inputs) -> dict[str, torch.Tensor]:
         return model(inputs)
 
 
-def assignment_of(model, inputs):
-    """Anchors of the levels, and the assignment."""
-    features = model.backbone(model.preprocess_image(inputs).tensor)
-    anchors = model.anchor_generator([features[name] for name in model.head_in_features])
-    return anchors, model.assign(anchors, [x["instances"] for x in inputs])
+def run_of(model, inputs):
+    return stage_detector(model).run(model.preprocess_image(inputs), [x["instances"] for x in inputs])
 
 
 @pytest.mark.parametrize("inputs", BATCHES.values(), ids=BATCHES)
@@ -63,13 +62,13 @@ def test_difficult_batches(model, inputs):
     gradients = torch.autograd.grad(sum(losses.values()), parameters.values(), allow_unused=True)
     for name, gradient in zip(parameters, gradients):
         assert gradient is not None and gradient.isfinite().all(), name
-    if not assignment_of(model, inputs)[1].foreground.any():
+    if not run_of(model, inputs).assignment.foreground.any():
         assert not any(loss for name, loss in losses.items() if name != "loss_cls")
 
 
 @pytest.mark.parametrize("name, expected", [("no boxes", False), ("no area", False), ("whole image", True)])
 def test_positives_of_difficult_batches(model, name, expected):
-    assert assignment_of(model, BATCHES[name])[1].foreground.any() == expected
+    assert run_of(model, BATCHES[name]).assignment.foreground.any() == expected
 
 
 def test_a_bfloat16_head_loses_little(model):
@@ -95,8 +94,9 @@ def test_floor_of_the_box_normalizer(models, case):
     model = copy.deepcopy(models[case])
     expected = losses_of(model, batch())
     found = {}
-    for model.normalizer_floor in (1e-3, 1e5, 2e5):
-        found[model.normalizer_floor] = losses_of(model, batch())
+    for floor in (1e-3, 1e5, 2e5):
+        model.criterion = dataclasses.replace(model.criterion, normalizer_floor=floor)
+        found[floor] = losses_of(model, batch())
     for name in ("loss_box_reg", "loss_dfl") if "GFL" in case else ("loss_box_reg",):
         assert found[1e-3][name] == expected[name] > 10 * found[1e5][name] > 0
         torch.testing.assert_close(found[1e5][name], 2 * found[2e5][name])
@@ -133,16 +133,16 @@ def test_padding_changes_no_target(model):
     """What an image trains does not depend on the images that it shares a batch with."""
     small = image_input(50, 62, [[4, 4, 40, 44], [20, 6, 34, 20]], [1, 2])
     large = image_input(160, 192, [[8, 8, 150, 140]], [0])
-    alone, together = assignment_of(model, [small]), assignment_of(model, [large, small])
-    assert alone[1].foreground.any() and together[1].foreground[0].any()
+    alone, together = run_of(model, [small]), run_of(model, [large, small])
+    assert alone.assignment.foreground.any() and together.assignment.foreground[0].any()
 
-    def rows(anchors, assignment):
+    def rows(run):
         """(level, anchor) -> label and box, of the last image."""
-        keys = [(level, *box) for level, boxes in enumerate(anchors) for box in boxes.tensor.tolist()]
-        values = zip(assignment.labels[-1].tolist(), assignment.boxes[-1].tolist())
+        keys = [(level, *box) for level, boxes in enumerate(run.grid.level_boxes()) for box in boxes.tensor.tolist()]
+        values = zip(run.assignment.labels[-1].tolist(), run.assignment.boxes[-1].tolist())
         return dict(zip(keys, values))
 
-    alone, together = rows(*alone), rows(*together)
+    alone, together = rows(alone), rows(together)
     assert set(alone) < set(together)
     for key, (label, box) in alone.items():
         assert together[key][0] == label

@@ -8,8 +8,8 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from d2_distill.backbones import FixedBatchNorm2d, fix_statistics
 from d2_distill.errors import UserError
+from d2_distill.layers.fixed_batch_norm import FixedBatchNorm2d, fix_statistics
 
 from ..small_detectors import batch, build, detector_cfg
 

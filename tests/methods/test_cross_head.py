@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
@@ -217,7 +218,8 @@ def slow_outputs(pair, ours, theirs):
     if "centerness" in staged.predictors:
         layers["centerness"] = head.ctrness
     found = {}
-    for output, (branch, _) in staged.predictors.items():
+    for output, predictor in staged.predictors.items():
+        [(branch, _)] = predictor.reads
         subnet = head.cls_subnet if branch == "cls" else head.bbox_subnet
         both = []
         for crossing in (True, False):
@@ -227,7 +229,7 @@ def slow_outputs(pair, ours, theirs):
                 maps = layers[output](subnet[len(subnet) // 2 :](x)).detach()
                 if output == "deltas" and getattr(head, "scales", None) is not None:
                     maps = maps * head.scales[level].scale.detach()
-                anchors = len(theirs.anchors[level]) // (maps.shape[2] * maps.shape[3])
+                anchors = theirs.grid.anchors_per_cell
                 size = maps.shape[1] // anchors
                 for i in range(maps.shape[2]):
                     for j in range(maps.shape[3]):
@@ -282,7 +284,7 @@ def test_terms_are_sums_over_anchors(case):
     pair = Pair(case, CENTERNESS_WEIGHT=float(centerness))
     ours, theirs = pair.runs()
     terms, outputs = pair.method(ours, theirs), slow_outputs(pair, ours, theirs)
-    labels, anchors = ours.assignment.labels.tolist(), torch.cat([x.tensor for x in theirs.anchors]).tolist()
+    labels, anchors = ours.assignment.labels.tolist(), theirs.grid.boxes.tolist()
     scores = [x.sigmoid() for x in outputs["logits"]]
     sums, of_confidence, normalizer, positives = dict.fromkeys(terms, 0.0), 0.0, 0.0, 0
     for image, row in enumerate(labels):
@@ -341,9 +343,9 @@ def test_padding_counts_for_points_alone(case):
     ours, theirs = pair.runs("padding")
     expected = pair.method(ours, theirs)
     # The first image is 64 pixels wide; the batch, 96.
-    theirs.outputs = {name: [x.clone() for x in levels] for name, levels in theirs.outputs.items()}
-    for levels in theirs.outputs.values():
-        for level, x in enumerate(levels):
+    theirs.outputs = {name: x.clone() for name, x in theirs.outputs.items()}
+    for output in theirs.outputs.values():
+        for level, x in enumerate(theirs.grid.split(output)):
             cells = x[0].view(12 >> level, 12 >> level, -1)
             cells[:, 8 >> level :] += 1
     for term, value in pair.method(ours, theirs).items():
@@ -383,8 +385,18 @@ def test_floor_of_the_sum_of_centerness(case):
         assert torch.equal(terms[1e-6, "boxes"][term], terms[1.0, "boxes"][term])
 
 
-def test_whose_normalizers_are_averaged_over_processes():
-    local = {case for case in HEADS if not Pair(case).student.averages_normalizer}
+def test_whose_normalizers_are_averaged_over_processes(monkeypatch):
+    local = set()
+    for case in HEADS:
+        run = Pair(case).runs()[0]
+        counted = []
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(dist, "all_reduce", counted.append)
+        run.staged.normalizer(run.grid, run.assignment)
+        monkeypatch.undo()
+        if not counted:
+            local.add(case)
     assert local == {"RetinaNet", "OpenMMLabRetinaNet"}
 
 
@@ -404,7 +416,7 @@ def test_every_teacher_teaches_every_student(teacher):
             assert terms[term].isfinite() and terms[term] > 0, student
             for gradient in gradients(terms[term], ours.taps[branch][Tap(1)]):
                 assert gradient.isfinite().all() and gradient.any(), student
-        mine, other = ours.anchors[0].tensor, theirs.anchors[0].tensor
+        mine, other = ours.grid.boxes, theirs.grid.boxes
         assert pair.method.shares_anchors == (mine.shape == other.shape and torch.equal(mine, other))
     assert pair.teacher.fingerprint() == fingerprint
 
@@ -412,7 +424,7 @@ def test_every_teacher_teaches_every_student(teacher):
 def test_other_anchors_take_the_normalizer_of_the_student_and_the_padding_of_the_teacher():
     pair = Pair("OpenMMLabFCOS", "ATSS")
     ours, theirs = pair.runs()
-    assert not pair.method.shares_anchors and (~theirs.valid_anchors).any()
+    assert not pair.method.shares_anchors and (~theirs.grid.valid).any()
     expected = pair.method(ours, theirs)["loss_crosskd_cls"]
     # Twice the positives halve the term, in whatever rows they are.
     labels, boxes = ours.assignment.labels, ours.assignment.boxes
@@ -420,9 +432,11 @@ def test_other_anchors_take_the_normalizer_of_the_student_and_the_padding_of_the
         ours.assignment, labels=torch.cat([labels] * 2), boxes=torch.cat([boxes] * 2)
     )
     torch.testing.assert_close(pair.method(ours, theirs)["loss_crosskd_cls"], expected / 2)
-    theirs.valid_anchors = theirs.valid_anchors.logical_not()
+    grid = theirs.grid
+    theirs.grid = dataclasses.replace(grid)
+    vars(theirs.grid)["valid"] = ~grid.valid
     masked = pair.method(ours, theirs)["loss_crosskd_cls"]
-    theirs.valid_anchors = None
+    theirs.grid = dataclasses.replace(grid, image_sizes=None)
     torch.testing.assert_close(pair.method(ours, theirs)["loss_crosskd_cls"], masked + expected / 2)
 
 
@@ -430,7 +444,7 @@ def test_gflv2_has_an_output_that_is_no_class():
     pair = Pair("GFL", "GFLv2")
     ours, theirs = pair.runs()
     expected = pair.method(ours, theirs)
-    logits = [torch.cat([x[..., :3], x[..., 3:] + 5], dim=-1) for x in theirs.outputs["logits"]]
+    logits = torch.cat([theirs.outputs["logits"][..., :3], theirs.outputs["logits"][..., 3:] + 5], dim=-1)
     theirs.outputs = {**theirs.outputs, "logits": logits}
     for term, value in pair.method(ours, theirs).items():
         assert torch.equal(value, expected[term])

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
 from d2_distill.assigners import atss_thresholds
@@ -53,20 +52,16 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor, temperature: float) -> 
 
 def slow_terms(ours, theirs, joint: bool = False) -> dict[str, torch.Tensor]:
     """All terms with T = 10 for boxes and 2 for classes, REFERENCE_IMAGES 0, anchor by anchor."""
-    anchors, truth = Boxes.cat(ours.anchors), ours.truth
+    grid, truth = ours.grid, ours.truth
     foreground = ours.assignment.foreground
-    outputs, targets = (
-        {name: torch.cat(levels, dim=1).detach() for name, levels in run.outputs.items()} for run in (ours, theirs)
-    )
+    outputs, targets = ({name: x.detach() for name, x in run.outputs.items()} for run in (ours, theirs))
     confidence = ours.staged.class_scores(outputs).amax(dim=-1)
     if ours.staged.assigns_points:
-        region = inside_boxes(anchors.get_centers(), truth.boxes, truth.valid) * confidence * ~foreground
+        region = inside_boxes(grid.centers, truth.boxes, truth.valid) * confidence * ~foreground
     else:
-        thresholds = atss_thresholds(
-            anchors.tensor, [len(x) for x in ours.anchors], truth.boxes, ours.valid_anchors
-        )
-        region = valuable_region(anchors.tensor, truth.boxes, truth.valid, thresholds, ours.valid_anchors)
-    level_of = [level for level, boxes in enumerate(ours.anchors) for _ in range(len(boxes))]
+        thresholds = atss_thresholds(grid.boxes, grid.level_sizes, truth.boxes, grid.valid)
+        region = valuable_region(grid.boxes, truth.boxes, truth.valid, thresholds, grid.valid)
+    level_of = [level for level, size in enumerate(grid.level_sizes) for _ in range(size)]
     terms = {name: torch.zeros((), dtype=torch.float64) for name in ("loss_ld", "loss_ld_vlr")}
     by_level: dict[str, dict[int, list]] = {"loss_kd": {}, "loss_kd_vlr": {}}
     for image in range(len(foreground)):
@@ -145,8 +140,7 @@ def test_options_of_the_region():
     assert torch.equal(rest, weighted * ~ours.assignment.foreground)
     method = method_and_runs("GFL", DISTILL__LD__VLR__REGION="inside_box", DISTILL__LD__VLR__BINARY=True)[0]
     inside = method.valuable.values(ours, None) > 0
-    centers = Boxes.cat(ours.anchors).get_centers()
-    expected = inside_boxes(centers, ours.truth.boxes, ours.truth.valid) & ~ours.assignment.foreground
+    expected = inside_boxes(ours.grid.centers, ours.truth.boxes, ours.truth.valid) & ~ours.assignment.foreground
     assert inside.any() and torch.equal(inside, expected)
     union = method_and_runs("GFL", DISTILL__LD__VLR__OVERLAP="union")[0].valuable.values(ours, None)
     assert (union > 0).sum() != (weighted > 0).sum()

@@ -16,10 +16,10 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from torch import nn
 
-from d2_distill.backbones import FixedBatchNorm2d
 from d2_distill.config.keys import get_distill_cfg
 from d2_distill.config.reading import read_config
 from d2_distill.detectors.building import build_detector
+from d2_distill.layers.fixed_batch_norm import FixedBatchNorm2d
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -65,21 +65,21 @@ def test_one_stage_outputs_and_anchors(one_stage):
     theirs, images = one_stage.theirs, one_stage.their_images()
     maps = list(one_stage.features.values())
     run = stage_detector(one_stage.ours).run(one_stage.our_images())
-    anchors = torch.cat([boxes.tensor for boxes in run.anchors])
+    anchors, levels = run.grid.boxes, run.grid.level_boxes()
     per_side = 1 if "fcos" in type(theirs).__name__.lower() else 3
     expected = theirs.head(maps)
     boxes = theirs.anchor_generator(images, maps)[0]
     assert torch.equal(anchors, in_our_order(boxes, per_side))
     # The last levels' cells are no stride apart.
-    assert run.anchors[-2].tensor[:, ::2].mean(dim=1).unique().tolist() == [0.0, 64.0]
-    assert run.anchors[-2].tensor[:, 1::2].mean(dim=1).unique().tolist() == [0.0, 48.0]
+    assert levels[-2].tensor[:, ::2].mean(dim=1).unique().tolist() == [0.0, 64.0]
+    assert levels[-2].tensor[:, 1::2].mean(dim=1).unique().tolist() == [0.0, 48.0]
 
     logits = in_our_order(expected["cls_logits"], per_side)[..., 1:]  # the background is dropped
-    assert_close(torch.cat(run.outputs["logits"], dim=1), logits)
-    deltas = torch.cat(run.outputs["deltas"], dim=1)
+    assert_close(run.outputs["logits"], logits)
+    deltas = run.outputs["deltas"]
     if per_side == 1:
         deltas = deltas.relu()  # in the decoding
-        assert_close(torch.cat(run.outputs["centerness"], dim=1), expected["bbox_ctrness"])
+        assert_close(run.outputs["centerness"], expected["bbox_ctrness"])
     assert_close(deltas, in_our_order(expected["bbox_regression"], per_side))
 
 
@@ -187,7 +187,7 @@ def test_labels_that_began_with_0():
     model = small("fcos", num_outputs=3)
     pair = Pair.of(model, model.state_dict(), classes=["a", "b", "c"])
     logits = stage_detector(pair.ours).run(pair.our_images()).outputs["logits"]
-    assert_close(torch.cat(logits, dim=1), model.head(list(pair.features.values()))["cls_logits"])
+    assert_close(logits, model.head(list(pair.features.values()))["cls_logits"])
 
 
 @pytest.mark.parametrize(

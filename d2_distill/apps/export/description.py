@@ -10,7 +10,7 @@ from torch import nn
 
 from ...data.classes import dataset_classes
 from ...detectors.building import plain_config
-from ...staged import StagedDense, stage_detector
+from ...staged import stage_detector
 
 FORMAT = "d2_distill export 1"
 
@@ -50,7 +50,8 @@ def describe_model(
 
 
 def _score_threshold(model: nn.Module) -> float:
-    if isinstance(stage_detector(model), StagedDense):
-        return getattr(model, "detector", model).test_score_thresh  # MultiScaleDetector has the detector inside
+    staged = stage_detector(model)
+    if staged.family == "dense":
+        return staged.innermost.test_score_thresh
     predictor = model.roi_heads.box_predictor
     return (predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor).test_score_thresh

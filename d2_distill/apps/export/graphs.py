@@ -6,9 +6,9 @@ import torch
 from detectron2.structures import ImageList
 from torch import nn
 
+from ...detectors.nms import OWN_NMS
 from ...errors import UserError
-from ...postprocess.selection import OWN_NMS
-from ...staged import StagedDense, stage_detector
+from ...staged import stage_detector
 
 
 class Detections(nn.Module):
@@ -47,9 +47,9 @@ class RawOutputs(nn.Module):
         self.model = model.eval()
         self.eval()
         self._staged = stage_detector(model)
-        if not isinstance(self._staged, StagedDense):
+        if self._staged.family != "dense":
             raise UserError(
-                f"{type(model).__name__} has no raw outputs: its second stage reads selected regions; export it with "
+                f"{type(model).__name__} has no raw outputs: its second stage reads selected RoIs; export it with "
                 "its post-processing, without --raw."
             )
         self.output_names = (*self._staged.predictors, "scores", "boxes")
@@ -58,9 +58,8 @@ class RawOutputs(nn.Module):
         # One image of four dimensions: what normalises and pads an image does so with a batch of equal ones.
         batch = self._staged.preprocess([{"image": images}])
         run = self._staged.run(ImageList(batch.tensor[0], batch.image_sizes), frozen=True)
-        outputs = {name: torch.cat(levels, dim=1) for name, levels in run.outputs.items()}
-        scores = self._staged.class_scores(outputs)[..., : self._staged.num_classes]
-        return (*outputs.values(), scores, self._staged.decode(run.anchors, outputs["deltas"]))
+        scores = self._staged.class_scores(run.outputs)[..., : self._staged.num_classes]
+        return (*run.outputs.values(), scores, self._staged.decode(run.grid, run.outputs["deltas"]))
 
 
 def build_graph(model: nn.Module, nms: str, *, raw: bool) -> nn.Module:

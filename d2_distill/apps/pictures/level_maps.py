@@ -13,7 +13,7 @@ from ...methods.feature_imitation import build_region
 from ...methods.imitation_regions import cells_of, scores_and_boxes
 from ...methods.localization import LD
 from ...regions import feature_energy, focal_masks, spatial_attention
-from ...staged import Run, StagedDense
+from ...staged import Run
 from ...teacher import Teacher
 
 VALUABLE = "vlr"
@@ -124,7 +124,7 @@ def region_maps(
 
 def _valuable_maps(cfg: CfgNode, student: Run) -> LevelMaps:
     staged = student.staged
-    if not isinstance(staged, StagedDense):
+    if staged.family != "dense":
         raise UserError(f"LD's region is one of anchors, and the student is {staged.kind}.")
     region = LD.arguments(cfg.MODEL.DISTILL.LD, staged)["valuable"]
     values = region.values(student, lambda: scores_and_boxes(student)[0].amax(dim=-1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detectron2.structures import Boxes
 
 from d2_distill.apps.pictures.level_maps import SELECTED, feature_maps, focal_maps, region_maps
 from d2_distill.assigners import atss_thresholds
@@ -61,9 +60,9 @@ def test_regions_are_those_of_the_methods():
     shown = {column.title: torch.cat([x.flatten() for x in column.maps.values()]) for column in columns}
     assert torch.equal(shown["main"] > 0, student.assignment.foreground[0]) and shown["main"].any()
     assert torch.equal(shown["inside_gt"] > 0, inside_gt(student, teacher_run)[0])
-    anchors, truth = Boxes.cat(student.anchors).tensor, student.truth
-    thresholds = atss_thresholds(anchors, [len(x) for x in student.anchors], truth.boxes, student.valid_anchors)
-    expected = valuable_region(anchors, truth.boxes, truth.valid, thresholds, student.valid_anchors)[0]
+    grid, truth = student.grid, student.truth
+    thresholds = atss_thresholds(grid.boxes, grid.level_sizes, truth.boxes, grid.valid)
+    expected = valuable_region(grid.boxes, truth.boxes, truth.valid, thresholds, grid.valid)[0]
     assert torch.equal(shown["vlr"], expected) and expected.any()
     [general] = [column for column in columns if column.title == "gibox"]
     assert 1 <= (general.maps["p3"] > 0).sum() <= 10

@@ -14,7 +14,7 @@ from d2_distill.assigners import valid_locations
 from d2_distill.boxes.geometry import boxes_from_distances, distances_to_sides
 from d2_distill.detectors import GFL, GFLv2, TowerDetector
 from d2_distill.detectors.box_coders import DistributionCoder
-from d2_distill.postprocess.selection import select_nms
+from d2_distill.detectors.nms import select_nms
 
 from ..cases import Case
 from ..dispatch import assert_recorded, assert_recorded_gradient, assert_recorded_sum

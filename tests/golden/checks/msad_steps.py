@@ -17,10 +17,10 @@ from torch import nn
 from d2_distill.apps.conversion.msad import head_names
 from d2_distill.backbones.low_resolution import LowResolution, decimate
 from d2_distill.config.keys import get_distill_cfg
-from d2_distill.detectors import ScaleFusion
 from d2_distill.detectors.building import build_detector
 from d2_distill.detectors.multi_scale import BRANCHES
 from d2_distill.distiller import Distiller
+from d2_distill.layers.fusion import ScaleFusion
 from d2_distill.methods import MSAD
 from d2_distill.methods.pairing import FeaturePair
 from d2_distill.methods.schedules import build_schedule

@@ -13,8 +13,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torchvision.ops import box_iou
 
+from d2_distill.detectors.nms import CLUSTER_NMS, ClusterNMS, select_nms
 from d2_distill.errors import UserError
-from d2_distill.postprocess.selection import CLUSTER_NMS, ClusterNMS, select_nms
 
 from ..small_detectors import ONE_STAGE, batch, build, detector_cfg, image_input
 

@@ -1,4 +1,4 @@
-"""Exchanges the NMS of a dense detector, Detectron2's own detectors included, by ``TEST.NMS``."""
+"""Exchange the NMS of a dense detector, Detectron2's own detectors included, by ``TEST.NMS``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from ..errors import UserError
-from .cluster_nms import cluster_nms
+from ..postprocess import cluster_nms
+from ..staged import adapter_of
 
 OWN_NMS = "nms"
 CLUSTER_NMS = {
@@ -74,13 +74,13 @@ def select_nms(model: nn.Module, name: str) -> None:
         return
     if name not in CLUSTER_NMS:
         raise UserError(f"TEST.NMS is {name!r}; choose one of {', '.join([OWN_NMS, *CLUSTER_NMS])}.")
-    # MultiScaleDetector has the detector inside.
-    detector = getattr(model, "detector", model)
-    if not isinstance(detector, DenseDetector):
+    adapter = adapter_of(type(model))
+    if adapter is None or adapter.family != "dense":
         raise UserError(
             f"TEST.NMS is {name!r}, which works with one-stage detectors such as RetinaNet and FCOS, not "
             f"with {type(model).__name__}; set it to {OWN_NMS!r}."
         )
+    detector = adapter(model).innermost
     model.register_forward_hook(
         ClusterNMS(detector.test_nms_thresh, detector.max_detections_per_image, **CLUSTER_NMS[name])
     )
