@@ -32,9 +32,10 @@ class TwoSidedBox2BoxTransform(Box2BoxTransform):
             (N, 4k) boxes.
         """
         # No -1, which ONNX could not resolve for no boxes.
-        shifts, scales = deltas.float().unflatten(-1, (deltas.shape[-1] // 4, 2, 2)).unbind(dim=-2)
-        lowest = -self.scale_clamp * scales.new_tensor(self.weights[2:])
-        bounded = torch.stack([shifts, torch.maximum(scales, lowest)], dim=-2)
+        x, y, width, height = deltas.float().unflatten(-1, (deltas.shape[-1] // 4, 4)).unbind(dim=-1)
+        # Bounds as numbers: a tensor of them would be uploaded to a GPU in every step.
+        lowest_width, lowest_height = (-self.scale_clamp * weight for weight in self.weights[2:])
+        bounded = torch.stack([x, y, width.clamp(min=lowest_width), height.clamp(min=lowest_height)], dim=-1)
         return super().apply_deltas(bounded.view_as(deltas), boxes)
 
 
