@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes
 from torch import nn
 
 from ..boxes.geometry import distances_to_sides
+from ..config.keys import extend_config
 from ..errors import PairError, UserError
 from ..losses import (
     BOX_LOSSES,
@@ -34,6 +36,37 @@ OUTPUTS = {
     "loss_crosskd_centerness": "centerness",
 }
 TAP_KEYS = {"cls": "CLS_TAP", "box": "BOX_TAP"}
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    # docs/crosskd.md has the published weights for each detector.
+    node = cfg.MODEL.DISTILL.CROSSKD = CfgNode()
+    # Number of tower blocks before the tap of the class tower, from 0 (the FPN map) to the tower's length.
+    node.CLS_TAP = 3
+    # The same for the box tower.
+    node.BOX_TAP = 3
+    # Whether the tap is after the activation of the last of these blocks, "post" (as published), or before it, "pre".
+    node.TAP_ACTIVATION = "post"
+    # Weight of the class term, loss_crosskd_cls.
+    node.CLS_WEIGHT = 1.0
+    # Exponent of the class term's quality focal modulation.
+    node.CLS_BETA = 1.0
+    # Weight of the box term, loss_crosskd_box.
+    node.BOX_WEIGHT = 1.0
+    # "kl", the divergence of the distributions that the teacher predicts; a loss of decoded boxes, by the names of the
+    # detectors' BOX_LOSS; or "auto", which is "kl" if the teacher predicts distributions, else "giou".
+    node.BOX_LOSS = "auto"
+    # "kl": softens both distributions.
+    node.BOX_TEMPERATURE = 1.0
+    # Weight of the centerness term, loss_crosskd_centerness. Above 0 only if student and teacher predict centerness on
+    # the same anchors; published for ATSS: 1.
+    node.CENTERNESS_WEIGHT = 0.0
+    # Lower bound of the number that divides the terms. It matters for FCOS students, whose sum of centerness targets
+    # may be 0. The published code has 1e-6.
+    node.NORMALIZER_FLOOR = 1.0
+    # Factors on all three weights by iteration; see schedules.py.
+    node.SCHEDULE = []
 
 
 @DISTILL_METHOD_REGISTRY.register()

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.modeling.roi_heads import StandardROIHeads
 
+from ..config.keys import extend_config
 from ..detectors.roi_heads import StagedRoIHeads
 from ..detectors.stock import RCNNRun, StagedRCNN
 from ..errors import PairError, UserError
@@ -16,6 +18,19 @@ from ..staged import StagedDetector
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import require_same_classes, require_teacher
 from .schedules import build_schedule
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILL.CROSSKD_ROI = CfgNode()
+    # Weight of the divergence between class distributions, loss_crosskd_roi_cls.
+    node.CLS_WEIGHT = 0.5
+    # Softens both class distributions.
+    node.TEMPERATURE = 3.0
+    # Weight of the L1 distance between box deltas, loss_crosskd_roi_box.
+    node.BOX_WEIGHT = 1.0
+    # Factors on both weights by iteration; see schedules.py.
+    node.SCHEDULE = []
 
 
 @DISTILL_METHOD_REGISTRY.register()

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from torch import nn
 
+from ..config.keys import extend_config
 from ..errors import UserError
 from ..staged import Run, StagedDense, StagedDetector
 from ..teacher import Teacher
@@ -19,6 +21,26 @@ from .schedules import build_schedule
 
 KEY = "MODEL.DISTILL.IMITATION"
 WHOLE = "whole"
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILL.IMITATION = CfgNode()
+    # Weight of the term loss_imitation.
+    node.WEIGHT = 1.0
+    # The student's features that imitate the teacher's; () for all whose stride the teacher has too.
+    node.IN_FEATURES = ()
+    # Cells that are imitated: "whole" (FitNets), "inside_gt", "decouple" (DeFeat: inside_gt, and the rest with its own
+    # weight), "finegrained", "gibox" (general instances) or "main" (positives); see regions/.
+    node.REGION = "whole"
+    # "decouple": factor on the cells outside the boxes.
+    node.BACKGROUND_WEIGHT = 2.0
+    # "gibox": True for 10 instances per level of each image, False for 10 of the whole batch (the published code).
+    node.GI_PER_IMAGE = True
+    # Whether each level has a learned 1x1 convolution from the student's channels to the teacher's.
+    node.ADAPTER = True
+    # Factors on the weight by iteration; see schedules.py.
+    node.SCHEDULE = []
 
 
 @DISTILL_METHOD_REGISTRY.register()

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes
 
 from ..assigners import atss_thresholds
+from ..config.keys import extend_config
 from ..errors import PairError, UserError
 from ..losses import kd_kl_div_loss
 from ..regions import VALUABLE_OVERLAPS, inside_boxes, valuable_region
@@ -55,6 +57,40 @@ class ValuableRegion:
         if self.inside_box or self.exclude_positives:
             values = values * ~run.assignment.foreground
         return values.to(anchors.tensor.dtype)
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILL.LD = CfgNode()
+    # A WEIGHT and a TEMPERATURE, which softens the distributions, of each term: of the box distributions (LD) or the
+    # classes (KD), on the positives (MAIN) or on the valuable localization region around them (VLR).
+    for name, weight, temperature in (
+        ("MAIN_LD", 0.25, 10.0),
+        ("VLR_LD", 0.0625, 10.0),
+        ("MAIN_KD", 10.0, 2.0),
+        ("VLR_KD", 0.0, 2.0),
+    ):
+        node[name] = CfgNode({"WEIGHT": weight, "TEMPERATURE": temperature})
+    # LD terms are sums over the batch; the published weights belong to 3 images per GPU. Scale the sums to this many
+    # images, whatever the batch; 0 does not scale them (the published code, whose weights then depend on the batch).
+    node.REFERENCE_IMAGES = 3
+    # Softmax over the bins of each "edge", or over all box outputs of an "anchor" (the published RetinaNet).
+    node.SOFTMAX = "edge"
+    node.VLR = CfgNode()
+    # "overlap": anchors whose overlap with a box is between GAMMA times its ATSS threshold and the threshold;
+    # "inside_box": all anchors inside a box that are not positive; "auto": the latter for FCOS, else the former.
+    node.VLR.REGION = "auto"
+    # "overlap": lower end of the region, as a part of the ATSS threshold.
+    node.VLR.GAMMA = 0.25
+    # "overlap": "iof", the published code's intersection over anchor, or "union", the paper's DIoU.
+    node.VLR.OVERLAP = "iof"
+    # Weigh all anchors of the region equally (the paper), not by their IoU ("overlap") or the student's score
+    # ("inside_box").
+    node.VLR.BINARY = False
+    # Leave the positives out of the region (the published RetinaNet); "inside_box" always does.
+    node.VLR.EXCLUDE_POSITIVES = False
+    # Factors on all weights by iteration; see schedules.py.
+    node.SCHEDULE = []
 
 
 @DISTILL_METHOD_REGISTRY.register()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils.events import get_event_storage
 
+from ..config.keys import extend_config
 from ..errors import UserError
 from ..staged import Run
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
@@ -14,6 +16,17 @@ from .pairing import FeaturePair, pair_features, require_same_channels, require_
 from .schedules import build_schedule
 
 KEY = "MODEL.DISTILL.MSAD"
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILL.MSAD = CfgNode()
+    # Weight of the term loss_msad; published as KD_ALPHA 0.2 times KD_TEMPERATURE 3.
+    node.WEIGHT = 0.6
+    # The student's features that imitate the teacher's; () for all whose stride the teacher has too.
+    node.IN_FEATURES = ()
+    # Factors on the weight by iteration; see schedules.py.
+    node.SCHEDULE = [["Warmup", 500]]
 
 
 @DISTILL_METHOD_REGISTRY.register()

@@ -5,11 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 
+from ..config.keys import extend_config
 from ..losses import pearson_loss
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import FeaturePair, pair_features, require_same_channels, require_teacher
 from .schedules import build_schedule
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILL.PKD = CfgNode()
+    # Weight of the term loss_pkd.
+    node.WEIGHT = 2.0
+    # The student's features that imitate the teacher's; () for all whose stride the teacher has too.
+    node.IN_FEATURES = ()
+    # Factors on the weight by iteration; see schedules.py.
+    node.SCHEDULE = []
 
 
 @DISTILL_METHOD_REGISTRY.register()

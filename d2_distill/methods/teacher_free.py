@@ -15,6 +15,7 @@ from ..assistants.dense import DenseAssistant, end_channels, tower_ends
 from ..assistants.proposals import DenseProposer
 from ..assistants.roi import RoIAssistant, roi_features
 from ..assistants.tracing import BRANCH, TracedAdapter
+from ..config.keys import extend_config
 from ..errors import PairError, UserError
 from ..staged import DenseRun, Run, StagedDense
 from .assistance import mimicry_loss, recorded_sum
@@ -22,6 +23,30 @@ from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .schedules import build_schedule
 
 KEY = "MODEL.DISTILL.TF_HEAD"
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILL.TF_HEAD = CfgNode()
+    # Meta-architecture of the one-stage assistant, which reads its usual keys; "" for none.
+    node.DENSE_ASSISTANT = "OpenMMLabFCOS"
+    # Weight of the one-stage assistant's own losses, loss_assist_dense.
+    node.DENSE_WEIGHT = 0.5
+    # Weight of the R-CNN assistant's own losses, loss_assist_rcnn; 0 for no R-CNN assistant. See hetero_assist.py for
+    # the keys that describe it and its proposals.
+    node.RCNN_WEIGHT = 1.0
+    # Weight of the student's imitation of the one-stage assistant, loss_cross_dense.
+    node.CROSS_DENSE_WEIGHT = 1.0
+    # Weight of the student's imitation of the R-CNN assistant, loss_cross_rcnn.
+    node.CROSS_RCNN_WEIGHT = 1.3
+    # Student features that the R-CNN assistant reads, fine to coarse; () for the four finest.
+    node.IN_FEATURES = ()
+    # Imitate the R-CNN assistant through one linear layer for each anchor of a cell instead of one for all.
+    node.PER_ANCHOR = True
+    # Factors on the weights of the assistants' own losses by iteration; see schedules.py.
+    node.ASSIST_SCHEDULE = [["Warmup", 2000]]
+    # Factors on the weights of both imitations; they stop at the first drop of the published learning rate.
+    node.CROSS_SCHEDULE = [["Warmup", 2000], ["EarlyStop", 58640]]
 
 
 @DISTILL_METHOD_REGISTRY.register()
