@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Callable
+from functools import reduce
+from operator import getitem
+from typing import Any, Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -14,30 +16,38 @@ from ..errors import PairError, UserError
 from ..staged import Run, StagedDetector, Taps
 from ..teacher import Teacher
 from .gradient_ratio import WeightedTerm
-from .schedules import is_constant
+from .pairing import require_teacher
+from .schedules import build_schedule, is_constant
 
 Schedule = Callable[[int], float]
 
 DISTILL_METHOD_REGISTRY = Registry("DISTILL_METHOD")
 DISTILL_METHOD_REGISTRY.__doc__ = """
-Distillation methods, by the name that ``MODEL.DISTILL.METHODS`` uses. Each is a :class:`DistillMethod` whose
-``from_config(cfg, student, teacher)`` returns its constructor's arguments.
+Distillation methods, by the name that ``MODEL.DISTILL.METHODS`` uses. Each is a :class:`DistillMethod`.
 """
 
 
 class DistillMethod(nn.Module):
     """A group of loss terms between a run of the student and a run of the teacher.
 
-    It is a module because it may own adapters, which are trained with the student and saved beside it.
+    It is a module because it may own adapters, which are trained with the student and saved along with it.
+
+    Attributes:
+        KEY: config node of the method, such as "MODEL.DISTILL.PKD".
+        WEIGHT_KEYS: term -> key of its weight, below ``KEY``.
+        SCHEDULE_KEYS: term -> key of its schedule, below ``KEY``; "SCHEDULE" for all terms that are left out.
+        reads_teacher: whether ``forward`` reads the teacher's run. If not, the run may be None, and so may the teacher.
 
     Args:
-        weights: term name -> weight. A term of weight 0 is not computed.
-        schedule: factor on the weights at an iteration, see :mod:`d2_distill.methods.schedules`; one for all terms, or term
-            name -> its own.
+        weights: term -> weight. A term of weight 0 need not be computed.
+        schedule: factor on the weights by iteration, see :mod:`d2_distill.methods.schedules`; one for all terms, or
+            term -> its own.
     """
 
-    # Term -> the config key of its weight, below MODEL.DISTILL.
-    WEIGHT_KEYS: dict[str, str] = {}
+    KEY: str = ""
+    WEIGHT_KEYS: Mapping[str, str] = {}
+    SCHEDULE_KEYS: Mapping[str, str] = {}
+    reads_teacher = True
 
     def __init__(self, *, weights: dict[str, float], schedule: Schedule | Mapping[str, Schedule]) -> None:
         super().__init__()
@@ -45,35 +55,54 @@ class DistillMethod(nn.Module):
         self.schedules = schedule if isinstance(schedule, Mapping) else dict.fromkeys(self.weights, schedule)
 
     @classmethod
-    def configured_weights(cls, cfg: CfgNode) -> dict[str, float]:
-        """Weight of each term of ``WEIGHT_KEYS``."""
-        weights = {}
-        for term, key in cls.WEIGHT_KEYS.items():
-            weights[term] = cfg.MODEL.DISTILL
-            for name in key.split("."):
-                weights[term] = weights[term][name]
-        return weights
+    def from_config(cls, cfg: CfgNode, student: StagedDetector, teacher: Teacher | None) -> dict[str, Any]:
+        """Return the constructor's arguments; a subclass adds its own to these.
+
+        Raises:
+            PairError: the method cannot serve this pair of detectors; here, it reads a teacher and there is none.
+            UserError: a key of the method has a wrong value.
+        """
+        if cls.reads_teacher:
+            require_teacher(teacher, cls.__name__)
+        return cls.weights_and_schedule(cfg)
+
+    @classmethod
+    def weights_and_schedule(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Return the arguments ``weights`` and ``schedule``, as the config has them."""
+        return {
+            "weights": {term: _value(cfg, f"{cls.KEY}.{key}") for term, key in cls.WEIGHT_KEYS.items()},
+            "schedule": {term: cls._schedule(cfg, term) for term in cls.WEIGHT_KEYS},
+        }
+
+    @classmethod
+    def _schedule(cls, cfg: CfgNode, term: str) -> Schedule:
+        key = f"{cls.KEY}.{cls.SCHEDULE_KEYS.get(term, 'SCHEDULE')}"
+        return build_schedule(_value(cfg, key), key)
 
     def taps(self) -> Taps:
-        """Places in the towers that the method reads from the ``taps`` of both runs, by branch."""
+        """Return the places in the towers that the method reads from the ``taps`` of both runs, by branch."""
         return {}
 
     def forward(self, student: Run, teacher: Run | None) -> dict[str, torch.Tensor]:
-        """Every term of ``self.weights``, a scalar each, before its weight."""
+        """Return every term of ``self.weights``, a scalar each, before its weight."""
         raise NotImplementedError
 
     def weight_at(self, term: str, iteration: int) -> float:
-        """Weight of a term at the trainer's iteration."""
+        """Return the weight of a term at the trainer's iteration."""
         return self.weights[term] * self.schedules[term](iteration)
 
     def is_scheduled(self, term: str) -> bool:
-        """Whether the weight of a term follows the iteration."""
+        """Return whether the weight of a term depends on the iteration."""
         return not is_constant(self.schedules[term])
 
     def weighted_term(self, term: str, value: torch.Tensor, iteration: int) -> WeightedTerm:
-        """A term of ``forward`` as :func:`~d2_distill.methods.gradient_ratio.report` wants it."""
-        key = f"MODEL.DISTILL.{self.WEIGHT_KEYS[term]}" if term in self.WEIGHT_KEYS else ""
+        """Return a term of ``forward`` as :func:`~d2_distill.methods.gradient_ratio.report_ratios` expects it."""
+        key = f"{self.KEY}.{self.WEIGHT_KEYS[term]}" if term in self.WEIGHT_KEYS else ""
         return WeightedTerm(term, value * self.weights[term], self.schedules[term](iteration), key)
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    return reduce(getitem, key.split("."), cfg)
 
 
 def list_methods() -> list[str]:

@@ -25,8 +25,7 @@ from ..losses import (
 )
 from ..staged import DenseRun, StagedDense, StagedDetector, Tap
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .pairing import require_same_classes, require_same_strides, require_teacher, same_anchors
-from .schedules import build_schedule
+from .pairing import require_same_classes, require_same_strides, same_anchors
 
 KEY = "MODEL.DISTILL.CROSSKD"
 # Term -> the output of the teacher's head that it compares.
@@ -104,10 +103,11 @@ class CrossKD(DistillMethod):
         adapters: branch -> channels of the student's and of the teacher's tap, where they differ.
     """
 
+    KEY = KEY
     WEIGHT_KEYS = {
-        "loss_crosskd_cls": "CROSSKD.CLS_WEIGHT",
-        "loss_crosskd_box": "CROSSKD.BOX_WEIGHT",
-        "loss_crosskd_centerness": "CROSSKD.CENTERNESS_WEIGHT",
+        "loss_crosskd_cls": "CLS_WEIGHT",
+        "loss_crosskd_box": "BOX_WEIGHT",
+        "loss_crosskd_centerness": "CENTERNESS_WEIGHT",
     }
 
     def __init__(
@@ -136,21 +136,22 @@ class CrossKD(DistillMethod):
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
+        arguments = super().from_config(cfg, student, teacher)
         node = cfg.MODEL.DISTILL.CROSSKD
-        teacher = require_teacher(teacher, "CrossKD")
         _check_values(node)
         _check_pair(student, teacher.staged)
         require_same_classes(student, teacher, "CrossKD")
         if node.CENTERNESS_WEIGHT:
             _check_centerness(student, teacher.staged)
-        weights = cls.configured_weights(cfg)
-        used = {teacher.staged.predictors[OUTPUTS[term]][0] for term, weight in weights.items() if weight}
+        terms = [term for term, weight in arguments["weights"].items() if weight]
+        used = {teacher.staged.predictors[OUTPUTS[term]][0] for term in terms}
         taps = {branch: _tap(node, branch, student, teacher.staged) for branch in sorted(used)}
         channels = {
             branch: tuple(side.tap_channels(branch, tap.position) for side in (student, teacher.staged))
             for branch, tap in taps.items()
         }
         return {
+            **arguments,
             "taps": taps,
             "cls_beta": node.CLS_BETA,
             "box_loss": _box_loss(node.BOX_LOSS, teacher.staged),
@@ -158,8 +159,6 @@ class CrossKD(DistillMethod):
             "normalizer_floor": node.NORMALIZER_FLOOR,
             "shares_anchors": same_anchors(student, teacher.staged),
             "adapters": {branch: pair for branch, pair in channels.items() if pair[0] != pair[1]},
-            "weights": weights,
-            "schedule": build_schedule(node.SCHEDULE, f"{KEY}.SCHEDULE"),
         }
 
     def taps(self):

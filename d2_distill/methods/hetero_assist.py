@@ -19,7 +19,6 @@ from .assist_rois import SharedRoIs, TracedRoIs
 from .assistance import AssistSetting, mimicry_loss, recorded_sum
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import require_same_classes, require_teacher
-from .schedules import build_schedule
 
 KEY = "MODEL.DISTILL.HEAD"
 PARTS = ("ASSIST", "AKD", "CKD")
@@ -74,14 +73,19 @@ class HEAD(DistillMethod):
         setting: how it serves the pair; owns the assistant.
     """
 
-    WEIGHT_KEYS = {f"loss_{part.lower()}": f"HEAD.{part}_WEIGHT" for part in PARTS}
+    KEY = KEY
+    WEIGHT_KEYS = {f"loss_{part.lower()}": f"{part}_WEIGHT" for part in PARTS}
+    SCHEDULE_KEYS = {f"loss_{part.lower()}": f"{part}_SCHEDULE" for part in PARTS}
+    reads_teacher = False  # with AKD or CKD it does, see __init__ and from_config
 
     def __init__(self, *, setting: AssistSetting, **kwargs) -> None:
         super().__init__(**kwargs)
         self.setting = setting
+        self.reads_teacher = bool({"loss_akd", "loss_ckd"} & set(self.weights))
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
+        arguments = super().from_config(cfg, student, teacher)
         node = cfg.MODEL.DISTILL.HEAD
         _check_values(node)
         if node.AKD_WEIGHT or node.CKD_WEIGHT or node.ASSISTANT_INIT == "teacher":
@@ -89,14 +93,7 @@ class HEAD(DistillMethod):
         setting = _choose(student, teacher)
         if node.ASSISTANT_INIT == "teacher":
             require_same_classes(student, teacher, "HEAD with ASSISTANT_INIT 'teacher'")
-        return {
-            "setting": setting.build(cfg, student, teacher),
-            "weights": cls.configured_weights(cfg),
-            "schedule": {
-                f"loss_{part.lower()}": build_schedule(node[f"{part}_SCHEDULE"], f"{KEY}.{part}_SCHEDULE")
-                for part in PARTS
-            },
-        }
+        return {**arguments, "setting": setting.build(cfg, student, teacher)}
 
     def taps(self):
         return self.setting.taps()

@@ -16,8 +16,7 @@ from ..losses import kd_kl_div_loss
 from ..regions import VALUABLE_OVERLAPS, inside_boxes, valuable_region
 from ..staged import DenseRun, StagedDense
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .pairing import require_same_classes, require_same_outputs, require_teacher
-from .schedules import build_schedule
+from .pairing import require_same_classes, require_same_outputs
 
 # Term -> its node of MODEL.DISTILL.LD.
 NODES = {"loss_ld": "MAIN_LD", "loss_ld_vlr": "VLR_LD", "loss_kd": "MAIN_KD", "loss_kd_vlr": "VLR_KD"}
@@ -115,7 +114,8 @@ class LD(DistillMethod):
         valuable: how the valuable localisation region is found.
     """
 
-    WEIGHT_KEYS = {term: f"LD.{name}.WEIGHT" for term, name in NODES.items()}
+    KEY = "MODEL.DISTILL.LD"
+    WEIGHT_KEYS = {term: f"{name}.WEIGHT" for term, name in NODES.items()}
 
     def __init__(
         self,
@@ -134,8 +134,8 @@ class LD(DistillMethod):
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
-        node, key = cfg.MODEL.DISTILL.LD, "MODEL.DISTILL.LD"
-        teacher = require_teacher(teacher, "LD")
+        arguments = super().from_config(cfg, student, teacher)
+        node = cfg.MODEL.DISTILL.LD
         _check_pair(student, teacher.staged, on_boxes=bool(node.MAIN_LD.WEIGHT or node.VLR_LD.WEIGHT))
         if node.MAIN_KD.WEIGHT or node.VLR_KD.WEIGHT:
             require_same_classes(student, teacher, "LD's MAIN_KD or VLR_KD")
@@ -145,21 +145,20 @@ class LD(DistillMethod):
             ("VLR.OVERLAP", node.VLR.OVERLAP, tuple(VALUABLE_OVERLAPS)),
         ):
             if value not in choices:
-                raise UserError(f"{key}.{name} is {value!r}; choose from {', '.join(choices)}.")
+                raise UserError(f"{cls.KEY}.{name} is {value!r}; choose from {', '.join(choices)}.")
         for name in NODES.values():
             if node[name].TEMPERATURE <= 0:
                 raise UserError(
-                    f"{key}.{name}.TEMPERATURE is {node[name].TEMPERATURE}; it must be positive."
+                    f"{cls.KEY}.{name}.TEMPERATURE is {node[name].TEMPERATURE}; it must be positive."
                 )
-        return cls.arguments(node, student)
+        return {**arguments, **cls.arguments(node, student)}
 
     @staticmethod
-    def arguments(node, student: StagedDense) -> dict[str, Any]:
-        """Constructor arguments from a checked ``MODEL.DISTILL.LD``."""
-        terms = {term: node[name] for term, name in NODES.items()}
+    def arguments(node: CfgNode, student: StagedDense) -> dict[str, Any]:
+        """Return the arguments of the constructor except weights and schedule, from a checked ``MODEL.DISTILL.LD``."""
         region = node.VLR.REGION
         return {
-            "temperatures": {term: entry.TEMPERATURE for term, entry in terms.items()},
+            "temperatures": {term: node[name].TEMPERATURE for term, name in NODES.items()},
             "reference_images": node.REFERENCE_IMAGES,
             "joint_softmax": node.SOFTMAX == "anchor",
             "valuable": ValuableRegion(
@@ -169,8 +168,6 @@ class LD(DistillMethod):
                 binary=node.VLR.BINARY,
                 exclude_positives=node.VLR.EXCLUDE_POSITIVES,
             ),
-            "weights": {term: entry.WEIGHT for term, entry in terms.items()},
-            "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.LD.SCHEDULE"),
         }
 
     def forward(self, student: DenseRun, teacher: DenseRun) -> dict[str, torch.Tensor]:

@@ -10,8 +10,7 @@ from detectron2.config import CfgNode
 from ..config.keys import extend_config
 from ..losses import pearson_loss
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .pairing import FeaturePair, pair_features, require_same_channels, require_teacher
-from .schedules import build_schedule
+from .pairing import FeaturePair, pair_features, require_same_channels
 
 
 @extend_config
@@ -34,7 +33,8 @@ class PKD(DistillMethod):
     resized.
     """
 
-    WEIGHT_KEYS = {"loss_pkd": "PKD.WEIGHT"}
+    KEY = "MODEL.DISTILL.PKD"
+    WEIGHT_KEYS = {"loss_pkd": "WEIGHT"}
 
     def __init__(self, *, pairs: list[FeaturePair], **kwargs) -> None:
         super().__init__(**kwargs)
@@ -42,15 +42,11 @@ class PKD(DistillMethod):
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
-        node = cfg.MODEL.DISTILL.PKD
-        teacher = require_teacher(teacher, "PKD")
-        pairs = pair_features(student, teacher.staged, node.IN_FEATURES, "MODEL.DISTILL.PKD.IN_FEATURES")
+        arguments = super().from_config(cfg, student, teacher)
+        in_features = cfg.MODEL.DISTILL.PKD.IN_FEATURES
+        pairs = pair_features(student, teacher.staged, in_features, f"{cls.KEY}.IN_FEATURES")
         require_same_channels(pairs, "PKD")
-        return {
-            "pairs": pairs,
-            "weights": cls.configured_weights(cfg),
-            "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.PKD.SCHEDULE"),
-        }
+        return {**arguments, "pairs": pairs}
 
     def forward(self, student, teacher) -> dict[str, torch.Tensor]:
         losses = [

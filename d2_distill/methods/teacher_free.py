@@ -20,7 +20,6 @@ from ..errors import PairError, UserError
 from ..staged import DenseRun, Run, StagedDense
 from .assistance import mimicry_loss, recorded_sum
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .schedules import build_schedule
 
 KEY = "MODEL.DISTILL.TF_HEAD"
 
@@ -72,12 +71,20 @@ class TFHEAD(DistillMethod):
         proposer: the student as region proposal network, for ``rcnn``.
     """
 
+    KEY = KEY
     WEIGHT_KEYS = {
-        "loss_assist_dense": "TF_HEAD.DENSE_WEIGHT",
-        "loss_assist_rcnn": "TF_HEAD.RCNN_WEIGHT",
-        "loss_cross_dense": "TF_HEAD.CROSS_DENSE_WEIGHT",
-        "loss_cross_rcnn": "TF_HEAD.CROSS_RCNN_WEIGHT",
+        "loss_assist_dense": "DENSE_WEIGHT",
+        "loss_assist_rcnn": "RCNN_WEIGHT",
+        "loss_cross_dense": "CROSS_DENSE_WEIGHT",
+        "loss_cross_rcnn": "CROSS_RCNN_WEIGHT",
     }
+    SCHEDULE_KEYS = {
+        "loss_assist_dense": "ASSIST_SCHEDULE",
+        "loss_assist_rcnn": "ASSIST_SCHEDULE",
+        "loss_cross_dense": "CROSS_SCHEDULE",
+        "loss_cross_rcnn": "CROSS_SCHEDULE",
+    }
+    reads_teacher = False
 
     def __init__(
         self,
@@ -96,27 +103,21 @@ class TFHEAD(DistillMethod):
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
-        node = cfg.MODEL.DISTILL.TF_HEAD
+        arguments = super().from_config(cfg, student, teacher)
+        node, weights = cfg.MODEL.DISTILL.TF_HEAD, arguments["weights"]
         if not isinstance(student, StagedDense):
             raise PairError(
                 f"TFHEAD cannot use the student {student.kind}; it must be a one-stage detector "
                 "(MODEL.DISTILL.STUDENT)."
             )
-        weights = cls.configured_weights(cfg)
         if not node.DENSE_ASSISTANT:
             weights["loss_assist_dense"] = 0.0
         _check_assistants(node, weights)
-        parts: dict[str, Any] = {}
         if weights["loss_assist_dense"]:
-            parts.update(_build_dense(cfg, student))
+            arguments.update(_build_dense(cfg, student))
         if weights["loss_assist_rcnn"]:
-            parts.update(_build_rcnn(cfg, student))
-        schedules = {
-            part: build_schedule(node[f"{part}_SCHEDULE"], f"{KEY}.{part}_SCHEDULE")
-            for part in ("ASSIST", "CROSS")
-        }
-        schedule = {term: schedules["CROSS" if "cross" in term else "ASSIST"] for term in weights}
-        return {**parts, "weights": weights, "schedule": schedule}
+            arguments.update(_build_rcnn(cfg, student))
+        return arguments
 
     def forward(self, student: DenseRun, teacher: Run | None = None) -> dict[str, torch.Tensor]:
         terms = {}
