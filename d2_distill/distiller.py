@@ -14,9 +14,10 @@ from torch import nn
 
 from .detectors.building import build_detector
 from .errors import UserError
-from .methods import build_methods
-from .methods.gradient_ratio import WeightedTerm, feature_gradients, report_ratios, scalar_name
+from .methods import DistillMethod, build_methods
+from .methods.gradient_ratio import WeightedTerm, report_ratios, scalar_name
 from .methods.pairing import require_teacher
+from .methods.terms import check_value, require_complete, require_declared, require_own_names
 from .staged import Run, Taps, stage_detector
 from .teacher import Teacher
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Group of the scalars that tell the weights of terms with a schedule.
 WEIGHT_SCALARS = "distill_weight"
-# Training steps of this process in which every term is checked for finiteness and for a path to the student.
+# Training steps of this process in which every term is checked: returned, finite, and with a path to the student.
 CHECKED_STEPS = 3
 
 
@@ -132,9 +133,7 @@ class Distiller(nn.Module):
         losses: dict[str, torch.Tensor] = {}
         measured: list[WeightedTerm] = []
         for name, method in self.methods.items():
-            for term, value in method(student, teacher).items():
-                if self._unchecked_steps:
-                    _check_term(name, term, value, features)
+            for term, value in self._terms(name, method, student, teacher).items():
                 weight = method.weight_at(term, storage.iter)
                 losses[term] = value * weight
                 if method.is_scheduled(term):
@@ -144,6 +143,18 @@ class Distiller(nn.Module):
         if measured:
             report_ratios(list(student.losses.values()), measured, features)
         return losses
+
+    def _terms(self, name: str, method: DistillMethod, student: Run, teacher: Run | None) -> dict[str, torch.Tensor]:
+        """Return the terms of a method that have a weight."""
+        require_own_names(name, method.weights, student.losses)
+        returned = method(student, teacher)
+        require_declared(name, returned, method.declared)
+        terms = {term: value for term, value in returned.items() if term in method.weights}
+        if self._unchecked_steps:
+            require_complete(name, terms, method.weights)
+            for term, value in terms.items():
+                check_value(name, term, value, list(student.features.values()))
+        return terms
 
 
 def inherit(student: nn.Module, teacher: nn.Module, entries: Sequence[str]) -> None:
@@ -175,18 +186,3 @@ def inherit(student: nn.Module, teacher: nn.Module, entries: Sequence[str]) -> N
                     "both sides."
                 )
             ours[name].copy_(theirs[other])
-
-
-def _check_term(method: str, term: str, value: torch.Tensor, features: list[torch.Tensor]) -> None:
-    """A silent or broken term must stop the run in its first steps."""
-    if not torch.isfinite(value):
-        raise UserError(
-            f"MODEL.DISTILL.METHODS: {method} gives {term} = {value.item()} in the first steps; check the "
-            "teacher's weights and the pixel statistics (INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD) of "
-            "both configs."
-        )
-    if all(gradient is None for gradient in feature_gradients(value, features)):
-        raise UserError(
-            f"MODEL.DISTILL.METHODS: the gradient of {method}'s {term} does not reach the student's "
-            "features, so it teaches nothing; leave the method out or mend it."
-        )

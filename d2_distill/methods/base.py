@@ -18,6 +18,7 @@ from ..teacher import Teacher
 from .gradient_ratio import WeightedTerm
 from .pairing import require_teacher
 from .schedules import build_schedule, is_constant
+from .terms import require_distinct_terms
 
 Schedule = Callable[[int], float]
 
@@ -37,9 +38,11 @@ class DistillMethod(nn.Module):
         WEIGHT_KEYS: term -> key of its weight, below ``KEY``.
         SCHEDULE_KEYS: term -> key of its schedule, below ``KEY``; "SCHEDULE" for all terms that are left out.
         reads_teacher: whether ``forward`` reads the teacher's run. If not, the run may be None, and so may the teacher.
+        declared: all terms that ``forward`` may return.
+        weights: those of them whose weight is not 0, and their weights.
 
     Args:
-        weights: term -> weight. A term of weight 0 need not be computed.
+        weights: term -> weight, for every term. Terms of weight 0 need not be computed, and are ignored if they are.
         schedule: factor on the weights by iteration, see :mod:`d2_distill.methods.schedules`; one for all terms, or
             term -> its own.
     """
@@ -51,6 +54,7 @@ class DistillMethod(nn.Module):
 
     def __init__(self, *, weights: dict[str, float], schedule: Schedule | Mapping[str, Schedule]) -> None:
         super().__init__()
+        self.declared = tuple(weights)
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.schedules = schedule if isinstance(schedule, Mapping) else dict.fromkeys(self.weights, schedule)
 
@@ -84,7 +88,7 @@ class DistillMethod(nn.Module):
         return {}
 
     def forward(self, student: Run, teacher: Run | None) -> dict[str, torch.Tensor]:
-        """Return every term of ``self.weights``, a scalar each, before its weight."""
+        """Return every term of ``self.weights``, a scalar each, before its weight. Other declared terms are ignored."""
         raise NotImplementedError
 
     def weight_at(self, term: str, iteration: int) -> float:
@@ -114,7 +118,8 @@ def build_methods(cfg: CfgNode, student: StagedDetector, teacher: Teacher | None
     """The methods of ``MODEL.DISTILL.METHODS``, by name, without those whose weights are all 0.
 
     Raises:
-        UserError: a name is unknown or given twice, or a method's key has a wrong value.
+        UserError: a name is unknown or given twice, a method's key has a wrong value, or two methods have a term of
+            the same name.
         PairError: a method cannot serve this pair of detectors; it names those that can.
     """
     names = list(cfg.MODEL.DISTILL.METHODS)
@@ -135,6 +140,7 @@ def build_methods(cfg: CfgNode, student: StagedDetector, teacher: Teacher | None
         # The adapters of a method that is switched off would be parameters without gradient.
         if method.weights:
             methods[name] = method
+    require_distinct_terms({name: method.weights for name, method in methods.items()})
     return methods
 
 
