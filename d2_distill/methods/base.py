@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import reduce
 from operator import getitem
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -17,10 +17,8 @@ from ..staged import Run, StagedDetector, Taps
 from ..teacher import Teacher
 from .gradient_ratio import WeightedTerm
 from .pairing import require_teacher
-from .schedules import build_schedule, is_constant
+from .schedules import Schedule, build_schedule, is_constant, is_over
 from .terms import require_distinct_terms
-
-Schedule = Callable[[int], float]
 
 DISTILL_METHOD_REGISTRY = Registry("DISTILL_METHOD")
 DISTILL_METHOD_REGISTRY.__doc__ = """
@@ -94,6 +92,14 @@ class DistillMethod(nn.Module):
     def weight_at(self, term: str, iteration: int) -> float:
         """Return the weight of a term at the trainer's iteration."""
         return self.weights[term] * self.schedules[term](iteration)
+
+    def has_ended(self, iteration: int) -> bool:
+        """Return whether the method has no effect from this iteration on: its schedules are over, nothing is trained.
+
+        Trained adapters need a gradient in every step, if only of zeros: several processes wait for it.
+        """
+        over = all(is_over(self.schedules[term], iteration) for term in self.weights)
+        return over and not any(parameter.requires_grad for parameter in self.parameters())
 
     def is_scheduled(self, term: str) -> bool:
         """Return whether the weight of a term depends on the iteration."""
