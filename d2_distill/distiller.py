@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch import nn
 
 from .detectors.building import build_detector
 from .errors import UserError
-from .methods import build_methods
-from .methods.gradient_ratio import WeightedTerm, feature_gradients, report_ratios, scalar_name
+from .methods import DistillMethod, build_methods
+from .methods.gradient_ratio import WeightedTerm, report_ratios, scalar_name
 from .methods.pairing import require_teacher
+from .methods.terms import check_value, require_complete, require_declared, require_own_names
 from .staged import Run, Taps, stage_detector
 from .teacher import Teacher
 
@@ -24,13 +25,16 @@ logger = logging.getLogger(__name__)
 
 # Group of the scalars that tell the weights of terms with a schedule.
 WEIGHT_SCALARS = "distill_weight"
-# Training steps of this process in which every term is checked for finiteness and for a path to the student.
+# Training steps of this process in which every term is checked: returned, finite, and with a path to the student.
 CHECKED_STEPS = 3
 
 
 @META_ARCH_REGISTRY.register()
 class Distiller(nn.Module):
-    """In training the student's losses and one named scalar a distillation term, else the plain student.
+    """In training, return the student's losses and one named scalar per distillation term; else be the plain student.
+
+    A method that has ended (:meth:`~d2_distill.methods.DistillMethod.has_ended`) is skipped, and its terms are 0. The
+    teacher runs as long as a method reads it.
 
     The teacher is held outside the module tree. Checkpoints are those of ``student`` (engine/trainer.py).
 
@@ -62,6 +66,7 @@ class Distiller(nn.Module):
         self.input_format = input_format
         self._normalises_alike = teacher is not None and teacher.normalises_like(student, input_format)
         self._unchecked_steps = CHECKED_STEPS
+        self._logged_ends: set[str] = set()
         self.inherited = inherited
         self.gradient_ratio_period = gradient_ratio_period
         self.inherit()
@@ -99,32 +104,41 @@ class Distiller(nn.Module):
         return self.student.device
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]):
-        """Detectron2's contract: a dict of losses in training, the student's detections in evaluation."""
+        """Return a dict of losses in training and the student's detections in evaluation, as Detectron2 expects."""
         if not self.training:
             return self.student(batched_inputs)
         images = self.staged.preprocess(batched_inputs)
         gt_instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
-        taps = self._wanted_taps()
+        running = self._running_methods(get_event_storage().iter)
+        taps = wanted_taps(running.values())
         student = self.staged.run(images, gt_instances, taps=taps)
         losses = dict(student.losses)
         teacher = None
-        if self.teacher is not None:
+        if self.teacher is not None and reads_teacher(running.values()):
             teacher = self.teacher.run(
                 batched_inputs, images, student_format=self.input_format,
                 normalises_alike=self._normalises_alike, gt_instances=gt_instances, taps=taps,
             )
-        losses.update(self._distill(student, teacher))
+        losses.update(self._distill(student, teacher, running))
         self._unchecked_steps = max(self._unchecked_steps - 1, 0)
         return losses
 
-    def _wanted_taps(self) -> Taps:
-        wanted: dict[str, frozenset] = {}
-        for method in self.methods.values():
-            for branch, positions in method.taps().items():
-                wanted[branch] = wanted.get(branch, frozenset()) | positions
-        return wanted
+    def _running_methods(self, iteration: int) -> dict[str, DistillMethod]:
+        """Return the methods that have not ended, and log each end once."""
+        running = {name: method for name, method in self.methods.items() if not method.has_ended(iteration)}
+        ended = [name for name in self.methods if name not in running and name not in self._logged_ends]
+        if ended:
+            self._logged_ends.update(ended)
+            stops = reads_teacher(self.methods[name] for name in ended) and not reads_teacher(running.values())
+            logger.info(
+                "Iteration %d: skipping %s from here on, because the schedules of all terms are over%s.",
+                iteration, ", ".join(ended), "; the teacher no longer runs" if stops else "",
+            )
+        return running
 
-    def _distill(self, student: Run, teacher: Run | None) -> dict[str, torch.Tensor]:
+    def _distill(
+        self, student: Run, teacher: Run | None, running: Mapping[str, DistillMethod]
+    ) -> dict[str, torch.Tensor]:
         storage = get_event_storage()
         features = list(student.features.values())
         period = self.gradient_ratio_period
@@ -132,18 +146,46 @@ class Distiller(nn.Module):
         losses: dict[str, torch.Tensor] = {}
         measured: list[WeightedTerm] = []
         for name, method in self.methods.items():
-            for term, value in method(student, teacher).items():
-                if self._unchecked_steps:
-                    _check_term(name, term, value, features)
+            require_own_names(name, method.weights, student.losses)
+            if name in running:
+                terms = self._terms(name, method, student, teacher)
+            else:
+                terms = {term: torch.zeros((), device=self.device) for term in method.weights}
+            for term, value in terms.items():
                 weight = method.weight_at(term, storage.iter)
                 losses[term] = value * weight
                 if method.is_scheduled(term):
                     storage.put_scalar(scalar_name(WEIGHT_SCALARS, term), weight, smoothing_hint=False)
-                if is_due:
+                if is_due and name in running:
                     measured.append(method.weighted_term(term, value, storage.iter))
         if measured:
             report_ratios(list(student.losses.values()), measured, features)
         return losses
+
+    def _terms(self, name: str, method: DistillMethod, student: Run, teacher: Run | None) -> dict[str, torch.Tensor]:
+        """Return the terms of a method that have a weight."""
+        returned = method(student, teacher)
+        require_declared(name, returned, method.declared)
+        terms = {term: value for term, value in returned.items() if term in method.weights}
+        if self._unchecked_steps:
+            require_complete(name, terms, method.weights)
+            for term, value in terms.items():
+                check_value(name, term, value, list(student.features.values()))
+        return terms
+
+
+def reads_teacher(methods: Iterable[DistillMethod]) -> bool:
+    """Return whether one of the methods reads the teacher's run."""
+    return any(method.reads_teacher for method in methods)
+
+
+def wanted_taps(methods: Iterable[DistillMethod]) -> Taps:
+    """Return the places in the towers that the methods read, by branch."""
+    wanted: dict[str, frozenset] = {}
+    for method in methods:
+        for branch, positions in method.taps().items():
+            wanted[branch] = wanted.get(branch, frozenset()) | positions
+    return wanted
 
 
 def inherit(student: nn.Module, teacher: nn.Module, entries: Sequence[str]) -> None:
@@ -175,18 +217,3 @@ def inherit(student: nn.Module, teacher: nn.Module, entries: Sequence[str]) -> N
                     "both sides."
                 )
             ours[name].copy_(theirs[other])
-
-
-def _check_term(method: str, term: str, value: torch.Tensor, features: list[torch.Tensor]) -> None:
-    """A silent or broken term must stop the run in its first steps."""
-    if not torch.isfinite(value):
-        raise UserError(
-            f"MODEL.DISTILL.METHODS: {method} gives {term} = {value.item()} in the first steps; check the "
-            "teacher's weights and the pixel statistics (INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD) of "
-            "both configs."
-        )
-    if all(gradient is None for gradient in feature_gradients(value, features)):
-        raise UserError(
-            f"MODEL.DISTILL.METHODS: the gradient of {method}'s {term} does not reach the student's "
-            "features, so it teaches nothing; leave the method out or mend it."
-        )

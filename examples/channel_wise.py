@@ -1,11 +1,11 @@
 """CWD, channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256): channels peak where the teacher's do."""
 
 import torch
+from detectron2.config import CfgNode
+
 from d2_distill.losses import kd_kl_div_loss
 from d2_distill.methods import DISTILL_METHOD_REGISTRY, DistillMethod
-from d2_distill.methods.pairing import pair_features, require_teacher
-from d2_distill.methods.schedules import build_schedule
-from detectron2.config import CfgNode
+from d2_distill.methods.pairing import pair_features
 
 
 def add_config(cfg):  # called before a config is read
@@ -14,7 +14,8 @@ def add_config(cfg):  # called before a config is read
 
 @DISTILL_METHOD_REGISTRY.register()
 class CWD(DistillMethod):  # its name in MODEL.DISTILL.METHODS
-    WEIGHT_KEYS = {"loss_cwd": "CWD.WEIGHT"}  # term -> key below MODEL.DISTILL
+    KEY = "MODEL.DISTILL.CWD"
+    WEIGHT_KEYS = {"loss_cwd": "WEIGHT"}  # term -> key of its weight, below KEY
 
     def __init__(self, *, pairs, temperature, **kwargs):
         super().__init__(**kwargs)
@@ -26,10 +27,9 @@ class CWD(DistillMethod):  # its name in MODEL.DISTILL.METHODS
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
-        node = cfg.MODEL.DISTILL.CWD
-        pairs = pair_features(student, require_teacher(teacher, "CWD").staged, (), "MODEL.DISTILL.CWD")
-        schedule = build_schedule(node.SCHEDULE, "MODEL.DISTILL.CWD.SCHEDULE")
-        return dict(pairs=pairs, temperature=node.TEMPERATURE, schedule=schedule, weights=cls.configured_weights(cfg))
+        arguments = super().from_config(cfg, student, teacher)  # weights and schedule
+        pairs = pair_features(student, teacher.staged, (), cls.KEY)
+        return dict(arguments, pairs=pairs, temperature=cfg.MODEL.DISTILL.CWD.TEMPERATURE)
 
     def forward(self, student, teacher):
         losses = []

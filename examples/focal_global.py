@@ -1,13 +1,12 @@
 """FGD, focal and global distillation (Yang et al., CVPR 2022, arXiv 2111.11837) of feature pyramids."""
 
-import torch
 import torch.nn.functional as F
-from d2_distill.methods import DISTILL_METHOD_REGISTRY, DistillMethod
-from d2_distill.methods.pairing import pair_features, require_same_channels, require_teacher
-from d2_distill.methods.schedules import build_schedule
-from d2_distill.regions import focal_masks, spatial_attention
 from detectron2.config import CfgNode
 from torch import nn
+
+from d2_distill.methods import DISTILL_METHOD_REGISTRY, DistillMethod
+from d2_distill.methods.pairing import pair_features, require_same_channels
+from d2_distill.regions import focal_masks, spatial_attention
 
 
 def add_config(cfg):
@@ -33,7 +32,8 @@ class GlobalContext(nn.Module):  # the relation of all cells: pooled by attentio
 
 @DISTILL_METHOD_REGISTRY.register()
 class FGD(DistillMethod):
-    WEIGHT_KEYS = {f"loss_fgd_{name}": f"FGD.{name.upper()}" for name in ("foreground", "background", "attention", "global")}
+    KEY = "MODEL.DISTILL.FGD"
+    WEIGHT_KEYS = {f"loss_fgd_{name}": name.upper() for name in ("foreground", "background", "attention", "global")}
 
     def __init__(self, *, pairs, channels, temperature, **kwargs):
         super().__init__(**kwargs)
@@ -42,12 +42,11 @@ class FGD(DistillMethod):
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
-        node = cfg.MODEL.DISTILL.FGD
-        pairs = pair_features(student, require_teacher(teacher, "FGD").staged, (), "MODEL.DISTILL.FGD")
+        arguments = super().from_config(cfg, student, teacher)  # weights and schedule
+        pairs = pair_features(student, teacher.staged, (), cls.KEY)
         require_same_channels(pairs, "FGD")
-        schedule = build_schedule(node.SCHEDULE, "MODEL.DISTILL.FGD.SCHEDULE")
-        arguments = {"pairs": pairs, "channels": pairs[0].student_channels, "temperature": node.TEMPERATURE}
-        return {**arguments, "weights": cls.configured_weights(cfg), "schedule": schedule}
+        temperature = cfg.MODEL.DISTILL.FGD.TEMPERATURE
+        return {**arguments, "pairs": pairs, "channels": pairs[0].student_channels, "temperature": temperature}
 
     def forward(self, student, teacher):
         terms = dict.fromkeys(self.WEIGHT_KEYS, 0.0)

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from torch import nn
 
+from ..config.keys import extend_config
 from ..errors import UserError
 
 # Factor -> levels by which a pyramid of the small image is shifted.
 OCTAVES = {2: 1, 4: 2}
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    # A detector that sees every FACTOR-th row and column of its images, while boxes stay in pixels of the whole ones.
+    node = cfg.MODEL.LOW_RESOLUTION = CfgNode()
+    # Builder of the pyramid that reads the small images.
+    node.BACKBONE = "build_p3p7_resnet_fpn_backbone"
+    # 2 or 4.
+    node.FACTOR = 2
+    # Pad images to detect as for training (800x1333 to 1024x1536), as published. False pads less, which is faster, but
+    # then group norms see other statistics; measure what it costs.
+    node.ALIGN_TEST = True
 
 
 def decimate(images: torch.Tensor, factor: int) -> torch.Tensor:

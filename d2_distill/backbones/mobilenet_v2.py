@@ -9,11 +9,13 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 import torchvision
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN
 from torch import nn
 
+from ..config.keys import extend_config
 from ..errors import UserError
 from .pyramid import build_pyramid, pyramid_features
 from .torchvision_trunk import TorchvisionTrunk, require_three_channels
@@ -24,6 +26,22 @@ LAYERS = (2, 4, 7, 11, 14, 17, 18, 19)
 STRIDES = (2, 4, 8, 16, 16, 32, 32, 32)
 
 ACTIVATIONS = {"ReLU6": nn.ReLU6, "LeakyReLU": partial(nn.LeakyReLU, 0.1)}
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.MOBILENETV2 = CfgNode()
+    # Factor on the channels.
+    node.WIDTH_MULT = 1.0
+    # "BN", "SyncBN" or "FrozenBN".
+    node.NORM = "BN"
+    # "ReLU6", with which torchvision's weights were trained, or "LeakyReLU" of slope 0.1 (HEAD).
+    node.ACTIVATION = "ReLU6"
+    # The stages, 0 to 7, whose outputs are res2, res3, res4 and res5; 7 is the 1x1 convolution to 1280 channels after
+    # stage 6, which has 320.
+    node.OUT_STAGES = (1, 2, 4, 7)
+    # Pad convolutions of stride 2 at the bottom and the right only, for weights that were trained with TensorFlow.
+    node.SAME_PADDING = False
 
 
 class SamePadConv2d(nn.Conv2d):

@@ -9,9 +9,21 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import nn
 
+from ..config.keys import extend_config
 from ..errors import UserError
 
 TOP_BLOCKS = ("P6P7", "P6", "MaxPool", "")
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    # The levels above P5 in the FPN builders of this package: "P6P7" (convolutions, for one-stage detectors), "P6" (the
+    # first of them, for low-resolution ones), "MaxPool" (P6 for two-stage ones) or "".
+    cfg.MODEL.FPN.TOP_BLOCK = "P6P7"
+    # What P6 is convolved from, "p5" or "res5". RetinaNet: "res5"; FCOS: "p5".
+    cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE = "p5"
+    # Whether there is a ReLU between P6 and P7. RetinaNet: True (Detectron2) or False (OpenMMLab); FCOS: True.
+    cfg.MODEL.FPN.TOP_BLOCK_RELU = False
 
 
 class LastLevelP6(nn.Module):

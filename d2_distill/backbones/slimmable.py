@@ -18,6 +18,7 @@ from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 from torch import nn
 
+from ..config.keys import extend_config
 from ..errors import UserError
 from .mobilenet_v2 import MobileNetV2
 from .pyramid import build_pyramid, pyramid_features
@@ -25,6 +26,20 @@ from .torchvision_trunk import require_three_channels
 
 BLOCKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 NORMS = ("BN", "SyncBN", "FrozenBN")
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    # Networks whose weights hold several widths, of which one is built (MSAD).
+    node = cfg.MODEL.SLIMMABLE = CfgNode()
+    # "BN", "SyncBN" or "FrozenBN".
+    node.NORM = "BN"
+    # Of the ResNet: 50, 101 or 152.
+    node.DEPTH = 50
+    # The width to build, one of WIDTH_MULT_LIST.
+    node.WIDTH_MULT = 1.0
+    # The widths in the order in which public weights were trained; MobileNetV2's are 0.35, 0.5, 0.75, 1.0.
+    node.WIDTH_MULT_LIST = [0.25, 0.5, 0.75, 1.0]
 
 
 class Slimmable(nn.Module):

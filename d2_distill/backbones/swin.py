@@ -6,17 +6,37 @@ from collections.abc import Sequence
 
 import torch
 import torchvision
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone
 from torch import nn
 
+from ..config.keys import extend_config
 from ..errors import UserError
 from .pyramid import build_pyramid, pyramid_features
 from .torchvision_trunk import TorchvisionTrunk, require_three_channels
 
 # Of torchvision's layers: patch embedding, then stages with patch merging between them.
 STAGES = {"stem": 1, "res2": 2, "res3": 4, "res4": 6, "res5": 8}
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    # The defaults are Swin-T. S: DEPTHS [2, 2, 18, 2]; B: also EMBED_DIM 128 and NUM_HEADS [4, 8, 16, 32].
+    node = cfg.MODEL.SWIN = CfgNode()
+    # Whose modules: "torchvision" or, with its own names and freezing, "detectron2" (not the embedded one).
+    node.IMPLEMENTATION = "torchvision"
+    # Channels of res2.
+    node.EMBED_DIM = 96
+    # Blocks of each stage.
+    node.DEPTHS = [2, 2, 6, 2]
+    # Attention heads of each stage.
+    node.NUM_HEADS = [3, 6, 12, 24]
+    # Side of the attention windows, in cells.
+    node.WINDOW_SIZE = 7
+    # Stochastic depth of the last block; it rises linearly from 0.
+    node.DROP_PATH_RATE = 0.2
 
 
 class SwinTransformer(TorchvisionTrunk):

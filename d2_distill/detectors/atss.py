@@ -4,14 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..assigners import ATSSAssigner
+from ..config.keys import extend_config
 from .box_coders import DeltaCoder, DistributionCoder
 from .criteria import FocalCenterness
 from .head import TowerHead
+from .keys import dense_head_keys
 from .tower_detector import TowerDetector, build_box_loss, common_arguments, head_arguments, square_anchors
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.ATSS = dense_head_keys()
+    node.FOCAL_LOSS_ALPHA = 0.25
+    node.FOCAL_LOSS_GAMMA = 2.0
+    # Side of the anchor, in strides.
+    node.ANCHOR_SCALE = 8
+    # Candidates of a box on each level.
+    node.ATSS_TOPK = 9
+    # Factors on the box deltas.
+    node.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+    node.REG_MAX = 0
+    node.BOX_LOSS = "giou"
+    node.BOX_LOSS_WEIGHT = 2.0
+    # Lower bound of the sum of centerness targets that the box loss is divided by.
+    node.NORMALIZER_FLOOR = 1.0
 
 
 @META_ARCH_REGISTRY.register()

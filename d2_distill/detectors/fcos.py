@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import fcos
@@ -13,11 +13,47 @@ from detectron2.structures import Boxes, Instances
 
 from ..assigners import Assignment, PointAssigner
 from ..boxes.anchor_grid import AnchorGrid
+from ..config.keys import extend_config
 from ..errors import UserError
 from .box_coders import DistanceCoder, DistributionCoder
 from .criteria import FocalCenterness, Outputs, centerness_normalizer
 from .head import TowerHead
+from .keys import dense_head_keys
 from .tower_detector import TowerDetector, build_box_loss, common_arguments, head_arguments, square_anchors
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    # Detectron2's FCOS ("FCOS"), for which it has no config, and OpenMMLabFCOS. Of the keys below both read
+    # CENTER_SAMPLING_RADIUS and the focal loss, the others are OpenMMLabFCOS's, whose docstring lists the options of
+    # each published form.
+    node = cfg.MODEL.FCOS = dense_head_keys()
+    node.SCORE_THRESH_TEST = 0.2
+    node.FOCAL_LOSS_ALPHA = 0.25
+    node.FOCAL_LOSS_GAMMA = 2.0
+    # A location is positive within this many strides of a box's center; 0: in the whole box (OpenMMLabFCOS).
+    node.CENTER_SAMPLING_RADIUS = 1.5
+    # Between the levels: the largest distance to a side, in pixels, that the finer one regresses.
+    node.SIZES_OF_INTEREST = [64, 128, 256, 512]
+    # "exp": exponentials in pixels; "relu": clamped outputs in strides.
+    node.DISTANCES = "relu"
+    # Tower on which centerness is predicted, "cls" or "box".
+    node.CENTERNESS_ON = "box"
+    # Whether the towers' convolutions have a bias.
+    node.TOWER_BIAS = False
+    node.REG_MAX = 0
+    node.BOX_LOSS = "giou"
+    node.BOX_LOSS_WEIGHT = 1.0
+    # Added to intersection and union, in strides, by "giou", "iou" and "linear_iou".
+    node.IOU_OFFSET = 0.0
+    # Whether the layers that predict boxes and centerness have a bias; MSAD's have none.
+    node.PREDICTOR_BIAS = True
+    # "openmmlab": the best locations of a level with all their classes; the score is class score times centerness.
+    # "adelaidet": the best pairs of location and class. Boxes are clipped only after the suppression (off if
+    # NMS_THRESH_TEST <= 0), the score is the root of that product, and ties with the last detection stay.
+    node.INFERENCE = "openmmlab"
+    # "adelaidet": compare SCORE_THRESH_TEST with class score times centerness, not with the class score alone.
+    node.THRESH_WITH_CTR = False
 
 
 @META_ARCH_REGISTRY.register()

@@ -5,14 +5,39 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..assigners import ATSSAssigner
+from ..config.keys import extend_config
 from .box_coders import DistributionCoder
 from .criteria import GeneralizedFocal, Outputs
 from .head import QualityHead, TowerHead
+from .keys import dense_head_keys
 from .tower_detector import TowerDetector, build_box_loss, common_arguments, head_arguments, square_anchors
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    # GFL and GFLv2.
+    node = cfg.MODEL.GFL = dense_head_keys()
+    # Side of the anchor, in strides.
+    node.ANCHOR_SCALE = 8
+    # Candidates of a box on each level.
+    node.ATSS_TOPK = 9
+    node.REG_MAX = 16
+    # Exponent of the quality focal loss.
+    node.QUALITY_BETA = 2.0
+    node.BOX_LOSS = "giou"
+    node.BOX_LOSS_WEIGHT = 2.0
+    # Weight of the distribution focal loss.
+    node.DFL_WEIGHT = 0.25
+    # Lower bound of the sum of scores that the box losses are divided by; CrossKD's code has 1.
+    node.NORMALIZER_FLOOR = 1e-6
+    # GFLv2: number of each side's highest probabilities that the quality branch reads.
+    node.QUALITY_TOPK = 4
+    # GFLv2: hidden channels of the quality branch.
+    node.QUALITY_CHANNELS = 64
 
 
 @META_ARCH_REGISTRY.register()

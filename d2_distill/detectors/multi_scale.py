@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -17,6 +17,7 @@ from torch import nn
 from ..assigners import Assignment
 from ..backbones.low_resolution import decimate, require_factor
 from ..boxes.anchor_grid import AnchorGrid
+from ..config.keys import extend_config
 from ..errors import UserError
 from ..layers.fusion import ScaleFusion
 from ..staged import (
@@ -36,6 +37,24 @@ BRANCHES = {"high": "hr", "low": "lr", "fused": "fr"}
 FUSION_SCORES = ("per_image", "first_image")
 
 Pyramid = dict[str, torch.Tensor]
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    # MultiScaleDetector, MSAD's teacher: one detector trained on high and low resolution and on the fusion of both.
+    node = cfg.MODEL.MSAD = CfgNode()
+    # Meta-architecture of the detector, whose backbone is a pyramid from P2 on.
+    node.DETECTOR = "OpenMMLabFCOS"
+    # High resolution over low resolution, 2 or 4.
+    node.FACTOR = 2
+    # Factor on the losses of the fused maps.
+    node.JOINT_WEIGHT = 0.4
+    # "per_image" or, as in the first published code, the scores of the "first_image" for the whole batch.
+    node.FUSION_SCORE = "per_image"
+    # Channels of the concatenated maps over hidden channels of the layer that scores them.
+    node.FUSION_REDUCTION = 16
+    # Maps that detect: "fused", or those of "high" or "low" resolution.
+    node.TEST_BRANCH = "fused"
 
 
 @META_ARCH_REGISTRY.register()

@@ -5,16 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.anchor_generator import build_anchor_generator
 
 from ..assigners import Assignment, MaxIoUAssigner
 from ..boxes.anchor_grid import AnchorGrid
+from ..config.keys import extend_config
 from .box_coders import DeltaCoder, DistributionCoder
 from .criteria import FocalBoxes
 from .head import TowerHead
 from .tower_detector import TowerDetector, build_box_loss, common_arguments, head_arguments
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    # OpenMMLabRetinaNet reads MODEL.RETINANET and these. Last bin of each side's distribution; 0 for box deltas.
+    cfg.MODEL.RETINANET.REG_MAX = 0
+    # Weight of the box loss.
+    cfg.MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT = 1.0
 
 
 @META_ARCH_REGISTRY.register()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Callable
+from functools import reduce
+from operator import getitem
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -14,66 +16,103 @@ from ..errors import PairError, UserError
 from ..staged import Run, StagedDetector, Taps
 from ..teacher import Teacher
 from .gradient_ratio import WeightedTerm
-from .schedules import is_constant
-
-Schedule = Callable[[int], float]
+from .pairing import require_teacher
+from .schedules import Schedule, build_schedule, is_constant, is_over
+from .terms import require_distinct_terms
 
 DISTILL_METHOD_REGISTRY = Registry("DISTILL_METHOD")
 DISTILL_METHOD_REGISTRY.__doc__ = """
-Distillation methods, by the name that ``MODEL.DISTILL.METHODS`` uses. Each is a :class:`DistillMethod` whose
-``from_config(cfg, student, teacher)`` returns its constructor's arguments.
+Distillation methods, by the name that ``MODEL.DISTILL.METHODS`` uses. Each is a :class:`DistillMethod`.
 """
 
 
 class DistillMethod(nn.Module):
     """A group of loss terms between a run of the student and a run of the teacher.
 
-    It is a module because it may own adapters, which are trained with the student and saved beside it.
+    It is a module because it may own adapters, which are trained with the student and saved along with it.
+
+    Attributes:
+        KEY: config node of the method, such as "MODEL.DISTILL.PKD".
+        WEIGHT_KEYS: term -> key of its weight, below ``KEY``.
+        SCHEDULE_KEYS: term -> key of its schedule, below ``KEY``; "SCHEDULE" for all terms that are left out.
+        reads_teacher: whether ``forward`` reads the teacher's run. If not, the run may be None, and so may the teacher.
+        declared: all terms that ``forward`` may return.
+        weights: those of them whose weight is not 0, and their weights.
 
     Args:
-        weights: term name -> weight. A term of weight 0 is not computed.
-        schedule: factor on the weights at an iteration, see :mod:`d2_distill.methods.schedules`; one for all terms, or term
-            name -> its own.
+        weights: term -> weight, for every term. Terms of weight 0 need not be computed, and are ignored if they are.
+        schedule: factor on the weights by iteration, see :mod:`d2_distill.methods.schedules`; one for all terms, or
+            term -> its own.
     """
 
-    # Term -> the config key of its weight, below MODEL.DISTILL.
-    WEIGHT_KEYS: dict[str, str] = {}
+    KEY: str = ""
+    WEIGHT_KEYS: Mapping[str, str] = {}
+    SCHEDULE_KEYS: Mapping[str, str] = {}
+    reads_teacher = True
 
     def __init__(self, *, weights: dict[str, float], schedule: Schedule | Mapping[str, Schedule]) -> None:
         super().__init__()
+        self.declared = tuple(weights)
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.schedules = schedule if isinstance(schedule, Mapping) else dict.fromkeys(self.weights, schedule)
 
     @classmethod
-    def configured_weights(cls, cfg: CfgNode) -> dict[str, float]:
-        """Weight of each term of ``WEIGHT_KEYS``."""
-        weights = {}
-        for term, key in cls.WEIGHT_KEYS.items():
-            weights[term] = cfg.MODEL.DISTILL
-            for name in key.split("."):
-                weights[term] = weights[term][name]
-        return weights
+    def from_config(cls, cfg: CfgNode, student: StagedDetector, teacher: Teacher | None) -> dict[str, Any]:
+        """Return the constructor's arguments; a subclass adds its own to these.
+
+        Raises:
+            PairError: the method cannot serve this pair of detectors; here, it reads a teacher and there is none.
+            UserError: a key of the method has a wrong value.
+        """
+        if cls.reads_teacher:
+            require_teacher(teacher, cls.__name__)
+        return cls.weights_and_schedule(cfg)
+
+    @classmethod
+    def weights_and_schedule(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Return the arguments ``weights`` and ``schedule``, as the config has them."""
+        return {
+            "weights": {term: _value(cfg, f"{cls.KEY}.{key}") for term, key in cls.WEIGHT_KEYS.items()},
+            "schedule": {term: cls._schedule(cfg, term) for term in cls.WEIGHT_KEYS},
+        }
+
+    @classmethod
+    def _schedule(cls, cfg: CfgNode, term: str) -> Schedule:
+        key = f"{cls.KEY}.{cls.SCHEDULE_KEYS.get(term, 'SCHEDULE')}"
+        return build_schedule(_value(cfg, key), key)
 
     def taps(self) -> Taps:
-        """Places in the towers that the method reads from the ``taps`` of both runs, by branch."""
+        """Return the places in the towers that the method reads from the ``taps`` of both runs, by branch."""
         return {}
 
     def forward(self, student: Run, teacher: Run | None) -> dict[str, torch.Tensor]:
-        """Every term of ``self.weights``, a scalar each, before its weight."""
+        """Return every term of ``self.weights``, a scalar each, before its weight. Other declared terms are ignored."""
         raise NotImplementedError
 
     def weight_at(self, term: str, iteration: int) -> float:
-        """Weight of a term at the trainer's iteration."""
+        """Return the weight of a term at the trainer's iteration."""
         return self.weights[term] * self.schedules[term](iteration)
 
+    def has_ended(self, iteration: int) -> bool:
+        """Return whether the method has no effect from this iteration on: its schedules are over, nothing is trained.
+
+        Trained adapters need a gradient in every step, if only of zeros: several processes wait for it.
+        """
+        over = all(is_over(self.schedules[term], iteration) for term in self.weights)
+        return over and not any(parameter.requires_grad for parameter in self.parameters())
+
     def is_scheduled(self, term: str) -> bool:
-        """Whether the weight of a term follows the iteration."""
+        """Return whether the weight of a term depends on the iteration."""
         return not is_constant(self.schedules[term])
 
     def weighted_term(self, term: str, value: torch.Tensor, iteration: int) -> WeightedTerm:
-        """A term of ``forward`` as :func:`~d2_distill.methods.gradient_ratio.report` wants it."""
-        key = f"MODEL.DISTILL.{self.WEIGHT_KEYS[term]}" if term in self.WEIGHT_KEYS else ""
+        """Return a term of ``forward`` as :func:`~d2_distill.methods.gradient_ratio.report_ratios` expects it."""
+        key = f"{self.KEY}.{self.WEIGHT_KEYS[term]}" if term in self.WEIGHT_KEYS else ""
         return WeightedTerm(term, value * self.weights[term], self.schedules[term](iteration), key)
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    return reduce(getitem, key.split("."), cfg)
 
 
 def list_methods() -> list[str]:
@@ -85,7 +124,8 @@ def build_methods(cfg: CfgNode, student: StagedDetector, teacher: Teacher | None
     """The methods of ``MODEL.DISTILL.METHODS``, by name, without those whose weights are all 0.
 
     Raises:
-        UserError: a name is unknown or given twice, or a method's key has a wrong value.
+        UserError: a name is unknown or given twice, a method's key has a wrong value, or two methods have a term of
+            the same name.
         PairError: a method cannot serve this pair of detectors; it names those that can.
     """
     names = list(cfg.MODEL.DISTILL.METHODS)
@@ -106,6 +146,7 @@ def build_methods(cfg: CfgNode, student: StagedDetector, teacher: Teacher | None
         # The adapters of a method that is switched off would be parameters without gradient.
         if method.weights:
             methods[name] = method
+    require_distinct_terms({name: method.weights for name, method in methods.items()})
     return methods
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from torch import nn
 
+from ..config.keys import extend_config
 from ..errors import PairError, UserError
 from ..layers.tower import Tap, Tower
 from ..losses import (
@@ -21,8 +23,7 @@ from ..losses import (
 )
 from ..staged import DenseRun, StagedDense, StagedDetector
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .pairing import require_same_classes, require_same_strides, require_teacher, same_anchors
-from .schedules import build_schedule
+from .pairing import require_same_classes, require_same_strides, same_anchors
 
 KEY = "MODEL.DISTILL.CROSSKD"
 # Term -> the output of the teacher's head that it compares.
@@ -48,6 +49,37 @@ class Crossing:
     teacher: str
     tap: Tap
     outputs: tuple[str, ...]
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    # docs/crosskd.md has the published weights for each detector.
+    node = cfg.MODEL.DISTILL.CROSSKD = CfgNode()
+    # Number of tower blocks before the tap of the class tower, from 0 (the FPN map) to the tower's length.
+    node.CLS_TAP = 3
+    # The same for the box tower.
+    node.BOX_TAP = 3
+    # Whether the tap is after the activation of the last of these blocks, "post" (as published), or before it, "pre".
+    node.TAP_ACTIVATION = "post"
+    # Weight of the class term, loss_crosskd_cls.
+    node.CLS_WEIGHT = 1.0
+    # Exponent of the class term's quality focal modulation.
+    node.CLS_BETA = 1.0
+    # Weight of the box term, loss_crosskd_box.
+    node.BOX_WEIGHT = 1.0
+    # "kl", the divergence of the distributions that the teacher predicts; a loss of decoded boxes, by the names of the
+    # detectors' BOX_LOSS; or "auto", which is "kl" if the teacher predicts distributions, else "giou".
+    node.BOX_LOSS = "auto"
+    # "kl": softens both distributions.
+    node.BOX_TEMPERATURE = 1.0
+    # Weight of the centerness term, loss_crosskd_centerness. Above 0 only if student and teacher predict centerness on
+    # the same anchors; published for ATSS: 1.
+    node.CENTERNESS_WEIGHT = 0.0
+    # Lower bound of the number that divides the terms. It matters for FCOS students, whose sum of centerness targets
+    # may be 0. The published code has 1e-6.
+    node.NORMALIZER_FLOOR = 1.0
+    # Factors on all three weights by iteration; see schedules.py.
+    node.SCHEDULE = []
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -86,10 +118,11 @@ class CrossKD(DistillMethod):
         adapters: name of a crossing -> channels of the student's and of the teacher's tap, where they differ.
     """
 
+    KEY = KEY
     WEIGHT_KEYS = {
-        "loss_crosskd_cls": "CROSSKD.CLS_WEIGHT",
-        "loss_crosskd_box": "CROSSKD.BOX_WEIGHT",
-        "loss_crosskd_centerness": "CROSSKD.CENTERNESS_WEIGHT",
+        "loss_crosskd_cls": "CLS_WEIGHT",
+        "loss_crosskd_box": "BOX_WEIGHT",
+        "loss_crosskd_centerness": "CENTERNESS_WEIGHT",
     }
 
     def __init__(
@@ -118,15 +151,14 @@ class CrossKD(DistillMethod):
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
+        arguments = super().from_config(cfg, student, teacher)
         node = cfg.MODEL.DISTILL.CROSSKD
-        teacher = require_teacher(teacher, "CrossKD")
         _check_values(node)
         _check_pair(student, teacher.staged)
         require_same_classes(student, teacher, "CrossKD")
         if node.CENTERNESS_WEIGHT:
             _check_centerness(student, teacher.staged)
-        weights = cls.configured_weights(cfg)
-        outputs = [OUTPUTS[term] for term, weight in weights.items() if weight]
+        outputs = [OUTPUTS[term] for term, weight in arguments["weights"].items() if weight]
         crossings = _crossings(node, outputs, student, teacher.staged)
         channels = {
             name: (
@@ -136,6 +168,7 @@ class CrossKD(DistillMethod):
             for name, crossing in crossings.items()
         }
         return {
+            **arguments,
             "crossings": crossings,
             "cls_beta": node.CLS_BETA,
             "box_loss": _box_loss(node.BOX_LOSS, teacher.staged),
@@ -143,8 +176,6 @@ class CrossKD(DistillMethod):
             "normalizer_floor": node.NORMALIZER_FLOOR,
             "shares_anchors": same_anchors(student, teacher.staged),
             "adapters": {name: pair for name, pair in channels.items() if pair[0] != pair[1]},
-            "weights": weights,
-            "schedule": build_schedule(node.SCHEDULE, f"{KEY}.SCHEDULE"),
         }
 
     def taps(self):

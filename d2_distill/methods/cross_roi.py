@@ -6,16 +6,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.modeling.roi_heads import StandardROIHeads
 
+from ..config.keys import extend_config
 from ..detectors.roi_heads import StagedRoIHeads
 from ..detectors.stock import RCNNRun
 from ..errors import PairError, UserError
 from ..losses import kd_kl_div_loss, weighted_mean
 from ..staged import StagedDetector
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .pairing import require_same_classes, require_teacher
-from .schedules import build_schedule
+from .pairing import require_same_classes
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILL.CROSSKD_ROI = CfgNode()
+    # Weight of the divergence between class distributions, loss_crosskd_roi_cls.
+    node.CLS_WEIGHT = 0.5
+    # Softens both class distributions.
+    node.TEMPERATURE = 3.0
+    # Weight of the L1 distance between box deltas, loss_crosskd_roi_box.
+    node.BOX_WEIGHT = 1.0
+    # Factors on both weights by iteration; see schedules.py.
+    node.SCHEDULE = []
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -37,10 +51,8 @@ class CrossKDRoI(DistillMethod):
         temperature: of both class distributions.
     """
 
-    WEIGHT_KEYS = {
-        "loss_crosskd_roi_cls": "CROSSKD_ROI.CLS_WEIGHT",
-        "loss_crosskd_roi_box": "CROSSKD_ROI.BOX_WEIGHT",
-    }
+    KEY = "MODEL.DISTILL.CROSSKD_ROI"
+    WEIGHT_KEYS = {"loss_crosskd_roi_cls": "CLS_WEIGHT", "loss_crosskd_roi_box": "BOX_WEIGHT"}
 
     def __init__(self, *, levels: dict[str, str], temperature: float, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -49,18 +61,13 @@ class CrossKDRoI(DistillMethod):
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
-        node = cfg.MODEL.DISTILL.CROSSKD_ROI
-        teacher = require_teacher(teacher, "CrossKDRoI")
+        arguments = super().from_config(cfg, student, teacher)
+        temperature = cfg.MODEL.DISTILL.CROSSKD_ROI.TEMPERATURE
         _require_standard_heads(student, teacher.staged)
         require_same_classes(student, teacher, "CrossKDRoI")
-        if node.TEMPERATURE <= 0:
-            raise UserError(f"MODEL.DISTILL.CROSSKD_ROI.TEMPERATURE is {node.TEMPERATURE}; it must be above 0.")
-        return {
-            "levels": _match_levels(student, teacher.staged),
-            "temperature": node.TEMPERATURE,
-            "weights": cls.configured_weights(cfg),
-            "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.CROSSKD_ROI.SCHEDULE"),
-        }
+        if temperature <= 0:
+            raise UserError(f"{cls.KEY}.TEMPERATURE is {temperature}; it must be above 0.")
+        return {**arguments, "levels": _match_levels(student, teacher.staged), "temperature": temperature}
 
     def forward(self, student: RCNNRun, teacher: RCNNRun) -> dict[str, torch.Tensor]:
         boxes = [proposals.proposal_boxes for proposals in student.sampled_proposals]

@@ -7,18 +7,45 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from torch import nn
 
+from ..config.keys import extend_config
 from ..errors import UserError
 from ..staged import Run, StagedDetector
 from ..teacher import Teacher
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .imitation_regions import REGIONS, ImitationRegion, finegrained, general_instances, inside_gt
-from .pairing import FeaturePair, pair_features, require_same_classes, require_same_outputs, require_teacher
-from .schedules import build_schedule
+from .pairing import (
+    FeaturePair,
+    pair_features,
+    require_same_channels,
+    require_same_classes,
+    require_same_outputs,
+)
 
 KEY = "MODEL.DISTILL.IMITATION"
 WHOLE = "whole"
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILL.IMITATION = CfgNode()
+    # Weight of the term loss_imitation.
+    node.WEIGHT = 1.0
+    # The student's features that imitate the teacher's; () for all whose stride the teacher has too.
+    node.IN_FEATURES = ()
+    # Cells that are imitated: "whole" (FitNets), "inside_gt", "decouple" (DeFeat: inside_gt, and the rest with its own
+    # weight), "finegrained", "gibox" (general instances) or "main" (positives); see regions/.
+    node.REGION = "whole"
+    # "decouple": factor on the cells outside the boxes.
+    node.BACKGROUND_WEIGHT = 2.0
+    # "gibox": True for 10 instances per level of each image, False for 10 of the whole batch (the published code).
+    node.GI_PER_IMAGE = True
+    # Whether each level has a learned 1x1 convolution from the student's channels to the teacher's.
+    node.ADAPTER = True
+    # Factors on the weight by iteration; see schedules.py.
+    node.SCHEDULE = []
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -48,7 +75,8 @@ class FeatureImitation(DistillMethod):
         region: None for whole maps.
     """
 
-    WEIGHT_KEYS = {"loss_imitation": "IMITATION.WEIGHT"}
+    KEY = KEY
+    WEIGHT_KEYS = {"loss_imitation": "WEIGHT"}
 
     def __init__(
         self,
@@ -68,17 +96,16 @@ class FeatureImitation(DistillMethod):
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
+        arguments = super().from_config(cfg, student, teacher)
         node = cfg.MODEL.DISTILL.IMITATION
-        teacher = require_teacher(teacher, "FeatureImitation")
         pairs = pair_features(student, teacher.staged, node.IN_FEATURES, f"{KEY}.IN_FEATURES")
         if not node.ADAPTER:
-            _require_same_channels(pairs)
+            require_same_channels(pairs, "FeatureImitation", adapter=f"{KEY}.ADAPTER")
         return {
+            **arguments,
             "pairs": pairs,
             "adapt": node.ADAPTER,
             "region": build_region(cfg, node.REGION, student, teacher),
-            "weights": cls.configured_weights(cfg),
-            "schedule": build_schedule(node.SCHEDULE, f"{KEY}.SCHEDULE"),
         }
 
     def forward(self, student: Run, teacher: Run) -> dict[str, torch.Tensor]:
@@ -115,16 +142,6 @@ def _resize(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if x.shape[-2:] == like.shape[-2:]:
         return x
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
-
-
-def _require_same_channels(pairs: list[FeaturePair]) -> None:
-    for pair in pairs:
-        if pair.student_channels != pair.teacher_channels:
-            raise UserError(
-                f"{KEY}.ADAPTER is False, but the student's {pair.student} has {pair.student_channels} "
-                f"channels and the teacher's {pair.teacher} has {pair.teacher_channels}; give both the same "
-                f"MODEL.FPN.OUT_CHANNELS, or set {KEY}.ADAPTER to True."
-            )
 
 
 def build_region(

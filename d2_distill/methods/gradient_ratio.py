@@ -1,7 +1,7 @@
-"""How hard each distillation term pulls at the student's features, in parts of the student's own losses.
+"""The ratio of each distillation term's gradient norm at the student's features to that of the student's own losses.
 
-Numbers of a loss say little about its weight: what trains the student is the gradient. The log tells its size every
-``MODEL.DISTILL.GRADIENT_RATIO_PERIOD`` iterations.
+The value of a loss says little about its weight: what trains the student is the gradient. The log reports the ratios
+every ``MODEL.DISTILL.GRADIENT_RATIO_PERIOD`` iterations.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from detectron2.utils.events import get_event_storage
 
 logger = logging.getLogger(__name__)
 
-# Rule of thumb: outside of these the log names the weight to change; see docs/choosing.md for where they come from.
+# Rule of thumb: for ratios outside these bounds the log names the weight to change; docs/choosing.md explains them.
 LOWEST, HIGHEST = 0.01, 10.0
 RATIO_SCALARS = "grad_ratio"
-# Gradients of maps in half precision would vanish without; as a power of two it changes no digit of others.
+# Without it, gradients of maps in half precision would vanish; as a power of two it changes no digit of others.
 SCALE = 1024.0
 
 
 def scalar_name(group: str, term: str) -> str:
-    """Name of a scalar about a term, without "loss" in it, by which Detectron2 knows what to print in every line."""
+    """Return the name of a scalar about a term, without "loss": Detectron2 prints scalars with it in every line."""
     return f"{group}/{term.replace('loss_', '', 1)}"
 
 
@@ -34,9 +34,9 @@ class WeightedTerm:
     """A distillation term of one step.
 
     Attributes:
-        name: of the term.
+        name: name of the term.
         value: scalar, times its weight, but not times its schedule.
-        factor: of its schedule at this iteration.
+        factor: value of its schedule at this iteration.
         key: config key of its weight; "" if not known.
     """
 
@@ -47,14 +47,17 @@ class WeightedTerm:
 
 
 def feature_gradients(value: torch.Tensor, features: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """Gradients of a scalar to feature maps, None where there is no path; parameters get none, and the graph stays."""
+    """Return the gradients of a scalar to feature maps, None where there is no path.
+
+    Parameters get no gradient, and the graph stays.
+    """
     if not value.requires_grad:
         return [None] * len(features)
     return list(torch.autograd.grad(value, features, retain_graph=True, allow_unused=True))
 
 
 def gradient_norm(value: torch.Tensor, features: Sequence[torch.Tensor]) -> torch.Tensor:
-    """L2 norm of the gradient of a scalar to all feature maps together; 0 where there is no path. A scalar, float32."""
+    """Return the L2 norm of a scalar's gradient to all feature maps together, 0 without a path; a scalar, float32."""
     gradients = feature_gradients(value * SCALE, features)
     squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
     return torch.stack(squares).sum().sqrt() / SCALE if squares else features[0].new_zeros((), dtype=torch.float32)
@@ -63,15 +66,17 @@ def gradient_norm(value: torch.Tensor, features: Sequence[torch.Tensor]) -> torc
 def report_ratios(
     own_losses: Sequence[torch.Tensor], terms: Sequence[WeightedTerm], features: Sequence[torch.Tensor]
 ) -> None:
-    """Log each term's gradient norm at the feature maps over that of the sum of the student's own losses.
+    """Log the ratio of each term's gradient norm at the feature maps to that of the sum of the student's own losses.
 
-    The scalars are called ``grad_ratio/`` and the term's name without ``loss_``. Weights are counted, schedules are
-    not, so that the numbers of a warm-up tell what comes after it. To be called in all processes: a norm that is
-    synchronised between them is so backwards, too. Each sees its own images, and the first one's ratios are logged.
+    The scalars are called ``grad_ratio/`` and the term's name without ``loss_``. The ratio ignores schedules: during a
+    warm-up it shows the value after the warm-up. Call it in all processes, because a norm layer that is synchronized
+    between them is synchronized in the backward pass too. Each process sees its own images; the first one's ratios are
+    logged.
 
     Args:
-        own_losses: of the student, scalars.
-        features: its maps (N, C, H, W), on which losses and terms depend.
+        own_losses: the student's losses, scalars.
+        terms: the terms of this step.
+        features: the student's maps (N, C, H, W), on which losses and terms depend.
     """
     norms = [gradient_norm(sum(own_losses), features), *(gradient_norm(term.value, features) for term in terms)]
     own, *others = torch.stack(norms).tolist()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.utils.events import get_event_storage
 
+from ..config.keys import extend_config
 from ..errors import PairError, UserError
 from ..staged import Run, StagedDetector
 from ..teacher import Teacher
@@ -16,10 +18,39 @@ from .assist_rois import SharedRoIs, TracedRoIs
 from .assistance import AssistSetting, mimicry_loss, recorded_sum
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
 from .pairing import require_same_classes, require_teacher
-from .schedules import build_schedule
 
 KEY = "MODEL.DISTILL.HEAD"
 PARTS = ("ASSIST", "AKD", "CKD")
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    # A one-stage student proposes RoIs to an R-CNN assistant as MODEL.RPN.PRE_NMS_TOPK_TRAIN, POST_NMS_TOPK_TRAIN,
+    # NMS_THRESH and MODEL.PROPOSAL_GENERATOR.MIN_SIZE say. The assistant is described by MODEL.ROI_HEADS and
+    # MODEL.ROI_BOX_HEAD of the teacher's config or, without a teacher, of the student's.
+    node = cfg.MODEL.DISTILL.HEAD = CfgNode()
+    # Weight of the assistant's own losses, loss_assist.
+    node.ASSIST_WEIGHT = 1.0
+    # Weight of the assistant's imitation of the teacher, loss_akd; 0 leaves it out.
+    node.AKD_WEIGHT = 2.0
+    # Weight of the student's imitation of the teacher, loss_ckd; 0 leaves it out. With both at 0 ("assist only") and a
+    # fresh assistant no teacher is needed.
+    node.CKD_WEIGHT = 2.0
+    # What the assistant starts from: "teacher", a copy of its head, or "fresh".
+    node.ASSISTANT_INIT = "teacher"
+    # Student features that an R-CNN assistant reads, fine to coarse. () is, for a one-stage student, as many of the
+    # finest as the teacher's head reads (four without a teacher); for a two-stage one, those of the teacher's strides.
+    node.IN_FEATURES = ()
+    # CKD, one-stage students: one linear layer for each anchor of a cell instead of one for all.
+    node.PER_ANCHOR = False
+    # CKD, one-stage students: number of tower blocks before the features that imitate; -1 for the whole tower.
+    node.CKD_TAP = -1
+    # Factors on ASSIST_WEIGHT by iteration; see schedules.py.
+    node.ASSIST_SCHEDULE = []
+    # Factors on AKD_WEIGHT.
+    node.AKD_SCHEDULE = [["Warmup", 2000]]
+    # Factors on CKD_WEIGHT.
+    node.CKD_SCHEDULE = [["Warmup", 2000]]
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -41,14 +72,19 @@ class HEAD(DistillMethod):
         setting: how it serves the pair; owns the assistant.
     """
 
-    WEIGHT_KEYS = {f"loss_{part.lower()}": f"HEAD.{part}_WEIGHT" for part in PARTS}
+    KEY = KEY
+    WEIGHT_KEYS = {f"loss_{part.lower()}": f"{part}_WEIGHT" for part in PARTS}
+    SCHEDULE_KEYS = {f"loss_{part.lower()}": f"{part}_SCHEDULE" for part in PARTS}
+    reads_teacher = False  # with AKD or CKD it does, see __init__ and from_config
 
     def __init__(self, *, setting: AssistSetting, **kwargs) -> None:
         super().__init__(**kwargs)
         self.setting = setting
+        self.reads_teacher = bool({"loss_akd", "loss_ckd"} & set(self.weights))
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
+        arguments = super().from_config(cfg, student, teacher)
         node = cfg.MODEL.DISTILL.HEAD
         _check_values(node)
         if node.AKD_WEIGHT or node.CKD_WEIGHT or node.ASSISTANT_INIT == "teacher":
@@ -56,14 +92,7 @@ class HEAD(DistillMethod):
         setting = _choose(student, teacher)
         if node.ASSISTANT_INIT == "teacher":
             require_same_classes(student, teacher, "HEAD with ASSISTANT_INIT 'teacher'")
-        return {
-            "setting": setting.build(cfg, student, teacher),
-            "weights": cls.configured_weights(cfg),
-            "schedule": {
-                f"loss_{part.lower()}": build_schedule(node[f"{part}_SCHEDULE"], f"{KEY}.{part}_SCHEDULE")
-                for part in PARTS
-            },
-        }
+        return {**arguments, "setting": setting.build(cfg, student, teacher)}
 
     def taps(self):
         return self.setting.taps()

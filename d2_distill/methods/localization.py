@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
+from detectron2.config import CfgNode
 
 from ..assigners import atss_thresholds
+from ..config.keys import extend_config
 from ..errors import PairError, UserError
 from ..losses import kd_kl_div_loss
 from ..regions import VALUABLE_OVERLAPS, inside_boxes, valuable_region
 from ..staged import DenseRun, StagedDense
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .pairing import require_same_classes, require_same_outputs, require_teacher
-from .schedules import build_schedule
+from .pairing import require_same_classes, require_same_outputs
 
 # Term -> its node of MODEL.DISTILL.LD.
 NODES = {"loss_ld": "MAIN_LD", "loss_ld_vlr": "VLR_LD", "loss_kd": "MAIN_KD", "loss_kd_vlr": "VLR_KD"}
@@ -55,6 +56,40 @@ class ValuableRegion:
         return values.to(grid.boxes.dtype)
 
 
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILL.LD = CfgNode()
+    # A WEIGHT and a TEMPERATURE, which softens the distributions, of each term: of the box distributions (LD) or the
+    # classes (KD), on the positives (MAIN) or on the valuable localization region around them (VLR).
+    for name, weight, temperature in (
+        ("MAIN_LD", 0.25, 10.0),
+        ("VLR_LD", 0.0625, 10.0),
+        ("MAIN_KD", 10.0, 2.0),
+        ("VLR_KD", 0.0, 2.0),
+    ):
+        node[name] = CfgNode({"WEIGHT": weight, "TEMPERATURE": temperature})
+    # LD terms are sums over the batch; the published weights belong to 3 images per GPU. Scale the sums to this many
+    # images, whatever the batch; 0 does not scale them (the published code, whose weights then depend on the batch).
+    node.REFERENCE_IMAGES = 3
+    # Softmax over the bins of each "edge", or over all box outputs of an "anchor" (the published RetinaNet).
+    node.SOFTMAX = "edge"
+    node.VLR = CfgNode()
+    # "overlap": anchors whose overlap with a box is between GAMMA times its ATSS threshold and the threshold;
+    # "inside_box": all anchors inside a box that are not positive; "auto": the latter for FCOS, else the former.
+    node.VLR.REGION = "auto"
+    # "overlap": lower end of the region, as a part of the ATSS threshold.
+    node.VLR.GAMMA = 0.25
+    # "overlap": "iof", the published code's intersection over anchor, or "union", the paper's DIoU.
+    node.VLR.OVERLAP = "iof"
+    # Weigh all anchors of the region equally (the paper), not by their IoU ("overlap") or the student's score
+    # ("inside_box").
+    node.VLR.BINARY = False
+    # Leave the positives out of the region (the published RetinaNet); "inside_box" always does.
+    node.VLR.EXCLUDE_POSITIVES = False
+    # Factors on all weights by iteration; see schedules.py.
+    node.SCHEDULE = []
+
+
 @DISTILL_METHOD_REGISTRY.register()
 class LD(DistillMethod):
     """Localisation distillation (Zheng et al., CVPR 2022, arXiv 2102.12252; TPAMI 2023, arXiv 2204.05957).
@@ -77,7 +112,8 @@ class LD(DistillMethod):
         valuable: how the valuable localisation region is found.
     """
 
-    WEIGHT_KEYS = {term: f"LD.{name}.WEIGHT" for term, name in NODES.items()}
+    KEY = "MODEL.DISTILL.LD"
+    WEIGHT_KEYS = {term: f"{name}.WEIGHT" for term, name in NODES.items()}
 
     def __init__(
         self,
@@ -96,8 +132,8 @@ class LD(DistillMethod):
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
-        node, key = cfg.MODEL.DISTILL.LD, "MODEL.DISTILL.LD"
-        teacher = require_teacher(teacher, "LD")
+        arguments = super().from_config(cfg, student, teacher)
+        node = cfg.MODEL.DISTILL.LD
         _check_pair(student, teacher.staged, on_boxes=bool(node.MAIN_LD.WEIGHT or node.VLR_LD.WEIGHT))
         if node.MAIN_KD.WEIGHT or node.VLR_KD.WEIGHT:
             require_same_classes(student, teacher, "LD's MAIN_KD or VLR_KD")
@@ -107,21 +143,20 @@ class LD(DistillMethod):
             ("VLR.OVERLAP", node.VLR.OVERLAP, tuple(VALUABLE_OVERLAPS)),
         ):
             if value not in choices:
-                raise UserError(f"{key}.{name} is {value!r}; choose from {', '.join(choices)}.")
+                raise UserError(f"{cls.KEY}.{name} is {value!r}; choose from {', '.join(choices)}.")
         for name in NODES.values():
             if node[name].TEMPERATURE <= 0:
                 raise UserError(
-                    f"{key}.{name}.TEMPERATURE is {node[name].TEMPERATURE}; it must be positive."
+                    f"{cls.KEY}.{name}.TEMPERATURE is {node[name].TEMPERATURE}; it must be positive."
                 )
-        return cls.arguments(node, student)
+        return {**arguments, **cls.arguments(node, student)}
 
     @staticmethod
-    def arguments(node, student: StagedDense) -> dict[str, Any]:
-        """Constructor arguments from a checked ``MODEL.DISTILL.LD``."""
-        terms = {term: node[name] for term, name in NODES.items()}
+    def arguments(node: CfgNode, student: StagedDense) -> dict[str, Any]:
+        """Return the arguments of the constructor except weights and schedule, from a checked ``MODEL.DISTILL.LD``."""
         region = node.VLR.REGION
         return {
-            "temperatures": {term: entry.TEMPERATURE for term, entry in terms.items()},
+            "temperatures": {term: node[name].TEMPERATURE for term, name in NODES.items()},
             "reference_images": node.REFERENCE_IMAGES,
             "joint_softmax": node.SOFTMAX == "anchor",
             "valuable": ValuableRegion(
@@ -131,8 +166,6 @@ class LD(DistillMethod):
                 binary=node.VLR.BINARY,
                 exclude_positives=node.VLR.EXCLUDE_POSITIVES,
             ),
-            "weights": {term: entry.WEIGHT for term, entry in terms.items()},
-            "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.LD.SCHEDULE"),
         }
 
     def forward(self, student: DenseRun, teacher: DenseRun) -> dict[str, torch.Tensor]:

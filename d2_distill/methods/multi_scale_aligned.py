@@ -5,15 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils.events import get_event_storage
 
+from ..config.keys import extend_config
 from ..errors import UserError
 from ..staged import Run
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .pairing import FeaturePair, pair_features, require_same_channels, require_teacher
-from .schedules import build_schedule
+from .pairing import FeaturePair, pair_features, require_same_channels
 
-KEY = "MODEL.DISTILL.MSAD"
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILL.MSAD = CfgNode()
+    # Weight of the term loss_msad; published as KD_ALPHA 0.2 times KD_TEMPERATURE 3.
+    node.WEIGHT = 0.6
+    # The student's features that imitate the teacher's; () for all whose stride the teacher has too.
+    node.IN_FEATURES = ()
+    # Factors on the weight by iteration; see schedules.py.
+    node.SCHEDULE = [["Warmup", 500]]
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -31,7 +41,8 @@ class MSAD(DistillMethod):
         pairs: maps that are compared.
     """
 
-    WEIGHT_KEYS = {"loss_msad": "MSAD.WEIGHT"}
+    KEY = "MODEL.DISTILL.MSAD"
+    WEIGHT_KEYS = {"loss_msad": "WEIGHT"}
 
     def __init__(self, *, pairs: list[FeaturePair], **kwargs) -> None:
         super().__init__(**kwargs)
@@ -39,15 +50,11 @@ class MSAD(DistillMethod):
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
-        node = cfg.MODEL.DISTILL.MSAD
-        teacher = require_teacher(teacher, "MSAD")
-        pairs = pair_features(student, teacher.staged, node.IN_FEATURES, f"{KEY}.IN_FEATURES")
+        arguments = super().from_config(cfg, student, teacher)
+        in_features = cfg.MODEL.DISTILL.MSAD.IN_FEATURES
+        pairs = pair_features(student, teacher.staged, in_features, f"{cls.KEY}.IN_FEATURES")
         require_same_channels(pairs, "MSAD")
-        return {
-            "pairs": pairs,
-            "weights": cls.configured_weights(cfg),
-            "schedule": build_schedule(node.SCHEDULE, f"{KEY}.SCHEDULE"),
-        }
+        return {**arguments, "pairs": pairs}
 
     def forward(self, student: Run, teacher: Run) -> dict[str, torch.Tensor]:
         losses = []

@@ -59,18 +59,32 @@ def pair_features(
     ]
 
 
-def require_same_channels(pairs: Sequence[FeaturePair], method: str) -> None:
-    """Maps can be compared channel by channel."""
+def require_same_channels(pairs: Sequence[FeaturePair], method: str, *, adapter: str = "") -> None:
+    """Check that maps can be compared channel by channel.
+
+    Args:
+        adapter: config key that is False and would adapt the channels, if the method has one.
+
+    Raises:
+        PairError: two maps differ in their channels, and there is no such key.
+        UserError: they differ, and there is one.
+    """
     for pair in pairs:
         if pair.student_channels != pair.teacher_channels:
-            raise PairError(
+            message = (
                 f"{method} compares channel by channel, but the student's {pair.student} has "
                 f"{pair.student_channels} channels and the teacher's {pair.teacher} has "
-                f"{pair.teacher_channels}; give both the same MODEL.FPN.OUT_CHANNELS."
+                f"{pair.teacher_channels}; give both the same MODEL.FPN.OUT_CHANNELS"
             )
+            raise UserError(f"{message}, or set {adapter} to True.") if adapter else PairError(f"{message}.")
 
 
 def require_teacher(teacher: Teacher | None, method: str) -> Teacher:
+    """Return the teacher.
+
+    Raises:
+        PairError: there is none.
+    """
     if teacher is None:
         raise PairError(f"{method} needs a teacher; set MODEL.DISTILL.TEACHER.CONFIG_FILE and .WEIGHTS.")
     return teacher

@@ -5,11 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 
+from ..config.keys import extend_config
 from ..losses import pearson_loss
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .pairing import FeaturePair, pair_features, require_same_channels, require_teacher
-from .schedules import build_schedule
+from .pairing import FeaturePair, pair_features, require_same_channels
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILL.PKD = CfgNode()
+    # Weight of the term loss_pkd.
+    node.WEIGHT = 2.0
+    # The student's features that imitate the teacher's; () for all whose stride the teacher has too.
+    node.IN_FEATURES = ()
+    # Factors on the weight by iteration; see schedules.py.
+    node.SCHEDULE = []
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -21,7 +33,8 @@ class PKD(DistillMethod):
     resized.
     """
 
-    WEIGHT_KEYS = {"loss_pkd": "PKD.WEIGHT"}
+    KEY = "MODEL.DISTILL.PKD"
+    WEIGHT_KEYS = {"loss_pkd": "WEIGHT"}
 
     def __init__(self, *, pairs: list[FeaturePair], **kwargs) -> None:
         super().__init__(**kwargs)
@@ -29,15 +42,11 @@ class PKD(DistillMethod):
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
-        node = cfg.MODEL.DISTILL.PKD
-        teacher = require_teacher(teacher, "PKD")
-        pairs = pair_features(student, teacher.staged, node.IN_FEATURES, "MODEL.DISTILL.PKD.IN_FEATURES")
+        arguments = super().from_config(cfg, student, teacher)
+        in_features = cfg.MODEL.DISTILL.PKD.IN_FEATURES
+        pairs = pair_features(student, teacher.staged, in_features, f"{cls.KEY}.IN_FEATURES")
         require_same_channels(pairs, "PKD")
-        return {
-            "pairs": pairs,
-            "weights": cls.configured_weights(cfg),
-            "schedule": build_schedule(node.SCHEDULE, "MODEL.DISTILL.PKD.SCHEDULE"),
-        }
+        return {**arguments, "pairs": pairs}
 
     def forward(self, student, teacher) -> dict[str, torch.Tensor]:
         losses = [

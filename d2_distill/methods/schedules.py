@@ -2,7 +2,8 @@
 
 A schedule is a config list of factors, each ``[name, number, ...]``; their product multiplies a term's
 weight. ``[["Warmup", 2000], ["EarlyStop", 58640]]`` rises from 0 to 1 in 2000 iterations and is 0 after
-iteration 58640. Iterations are the trainer's, counted from 0, so that a resumed run continues exactly.
+iteration 58640. Iterations are the trainer's, counted from 0, and nothing else counts, so a resumed run continues
+exactly.
 """
 
 from __future__ import annotations
@@ -10,34 +11,37 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Callable
 
 from ..errors import UserError
 
+# Factor on a weight at an iteration. Other functions than those of build_schedule are never over.
+Schedule = Callable[[int], float]
+
 
 def warmup(iteration: int, length: int) -> float:
-    """Linear from 0 at iteration 0 to 1 at ``length``, then 1."""
-    return min(max(iteration / length, 0.0), 1.0) if length else 1.0
+    """Return a line from 0 at iteration 0 to 1 at ``length``, then 1."""
+    return min(max(iteration / length, 0.0), 1.0) if length else float(iteration >= 0)
 
 
 def early_stop(iteration: int, last: int) -> float:
-    """1 up to and including iteration ``last``, then 0."""
+    """Return 1 up to and including iteration ``last``, then 0."""
     return float(iteration <= last)
 
 
 def decay(iteration: int, length: int) -> float:
-    """Linear from 1 at iteration 0 to 0 at ``length``, then 0."""
+    """Return a line from 1 at iteration 0 to 0 at ``length``, then 0."""
     return 1 - warmup(iteration, length)
 
 
 def linear(iteration: int, start_value: float, end_value: float, start: int, end: int) -> float:
-    """``start_value`` up to iteration ``start``, ``end_value`` from ``end`` on, linear between."""
+    """Return ``start_value`` before iteration ``start``, ``end_value`` from ``end`` on, and a line between."""
     return start_value + (end_value - start_value) * warmup(iteration - start, end - start)
 
 
 def constant(iteration: int, value: float) -> float:
-    """``value`` at every iteration."""
+    """Return ``value`` at every iteration."""
     return value
 
 
@@ -50,8 +54,41 @@ FACTORS: dict[str, Callable[..., float]] = {
 }
 
 
-def build_schedule(spec: Sequence[Sequence[Any]], key: str = "schedule") -> Callable[[int], float]:
-    """The factor by which a term's weight is multiplied at an iteration; always 1 for an empty ``spec``.
+# Parameters of the factors that are iterations, in the order in which they must be.
+_ITERATIONS = ("start", "end", "length", "last")
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """An entry of ``FACTORS`` and its numbers, by the names of its parameters."""
+
+    name: str
+    numbers: dict[str, float]
+
+    @property
+    def iterations(self) -> list[float]:
+        return [self.numbers[name] for name in _ITERATIONS if name in self.numbers]
+
+    def __call__(self, iteration: int) -> float:
+        return FACTORS[self.name](iteration, **self.numbers)
+
+    def is_over(self, iteration: int) -> bool:
+        """Return whether it is 0 from this iteration on: after the last of its own iterations nothing changes."""
+        return iteration >= max(self.iterations, default=0) and self(iteration) == 0
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The schedule of a config."""
+
+    factors: tuple[_Factor, ...]
+
+    def __call__(self, iteration: int) -> float:
+        return math.prod(factor(iteration) for factor in self.factors)
+
+
+def build_schedule(spec: Sequence[Sequence[Any]], key: str = "schedule") -> Schedule:
+    """Return the factor by which a term's weight is multiplied at an iteration; always 1 for an empty ``spec``.
 
     Args:
         spec: factors as in the module's docstring.
@@ -62,19 +99,20 @@ def build_schedule(spec: Sequence[Sequence[Any]], key: str = "schedule") -> Call
     """
     if isinstance(spec, str) or not isinstance(spec, Sequence):
         raise UserError(f"{key} is {spec!r}; it must be a list of factors such as [['Warmup', 2000]].")
-    return partial(_product, tuple(_factor(entry, f"{key}[{index}]") for index, entry in enumerate(spec)))
+    return _Product(tuple(_factor(entry, f"{key}[{index}]") for index, entry in enumerate(spec)))
 
 
-def is_constant(schedule: Callable[[int], float]) -> bool:
-    """Whether a schedule was built from an empty ``spec`` and so is always 1."""
-    return isinstance(schedule, partial) and schedule.func is _product and schedule.args == ((),)
+def is_constant(schedule: Schedule) -> bool:
+    """Return whether a schedule was built from an empty ``spec`` and so is always 1."""
+    return isinstance(schedule, _Product) and not schedule.factors
 
 
-def _product(factors: Sequence[Callable[[int], float]], iteration: int) -> float:
-    return math.prod(factor(iteration) for factor in factors)
+def is_over(schedule: Schedule, iteration: int) -> bool:
+    """Return whether a schedule is 0 from this iteration on, because one of its factors is."""
+    return isinstance(schedule, _Product) and any(factor.is_over(iteration) for factor in schedule.factors)
 
 
-def _factor(entry: Any, where: str) -> Callable[[int], float]:
+def _factor(entry: Any, where: str) -> _Factor:
     if isinstance(entry, str) or not isinstance(entry, Sequence) or not entry:
         raise UserError(f"{where} is {entry!r}; it must be a factor such as ['Warmup', 2000].")
     name, values = entry[0], tuple(entry[1:])
@@ -84,8 +122,7 @@ def _factor(entry: Any, where: str) -> Callable[[int], float]:
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
     if len(values) != len(parameters) or not numbers:
         raise UserError(f"{where} is {entry!r}; {name} takes the numbers {', '.join(parameters)}.")
-    given = dict(zip(parameters, values))
-    iterations = [given[name] for name in ("start", "end", "length", "last") if name in given]
-    if iterations != sorted(iterations) or min(iterations, default=0) < 0:
+    factor = _Factor(name, dict(zip(parameters, values)))
+    if factor.iterations != sorted(factor.iterations) or min(factor.iterations, default=0) < 0:
         raise UserError(f"{where} is {entry!r}; its iterations must be 0 or more and in ascending order.")
-    return partial(FACTORS[name], **given)
+    return factor

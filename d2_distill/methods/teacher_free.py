@@ -15,13 +15,37 @@ from ..assistants.dense import DenseAssistant, end_channels, tower_ends
 from ..assistants.proposals import DenseProposer
 from ..assistants.roi import RoIAssistant, roi_features
 from ..assistants.tracing import BRANCH, TracedAdapter
+from ..config.keys import extend_config
 from ..errors import PairError, UserError
 from ..staged import DenseRun, Run, StagedDense
 from .assistance import mimicry_loss, recorded_sum
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .schedules import build_schedule
 
 KEY = "MODEL.DISTILL.TF_HEAD"
+
+
+@extend_config
+def add_config(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILL.TF_HEAD = CfgNode()
+    # Meta-architecture of the one-stage assistant, which reads its usual keys; "" for none.
+    node.DENSE_ASSISTANT = "OpenMMLabFCOS"
+    # Weight of the one-stage assistant's own losses, loss_assist_dense.
+    node.DENSE_WEIGHT = 0.5
+    # Weight of the R-CNN assistant's own losses, loss_assist_rcnn; 0 for no R-CNN assistant. See hetero_assist.py for
+    # the keys that describe it and its proposals.
+    node.RCNN_WEIGHT = 1.0
+    # Weight of the student's imitation of the one-stage assistant, loss_cross_dense.
+    node.CROSS_DENSE_WEIGHT = 1.0
+    # Weight of the student's imitation of the R-CNN assistant, loss_cross_rcnn.
+    node.CROSS_RCNN_WEIGHT = 1.3
+    # Student features that the R-CNN assistant reads, fine to coarse; () for the four finest.
+    node.IN_FEATURES = ()
+    # Imitate the R-CNN assistant through one linear layer for each anchor of a cell instead of one for all.
+    node.PER_ANCHOR = True
+    # Factors on the weights of the assistants' own losses by iteration; see schedules.py.
+    node.ASSIST_SCHEDULE = [["Warmup", 2000]]
+    # Factors on the weights of both imitations; they stop at the first drop of the published learning rate.
+    node.CROSS_SCHEDULE = [["Warmup", 2000], ["EarlyStop", 58640]]
 
 
 @DISTILL_METHOD_REGISTRY.register()
@@ -47,12 +71,20 @@ class TFHEAD(DistillMethod):
         proposer: the student as region proposal network, for ``rcnn``.
     """
 
+    KEY = KEY
     WEIGHT_KEYS = {
-        "loss_assist_dense": "TF_HEAD.DENSE_WEIGHT",
-        "loss_assist_rcnn": "TF_HEAD.RCNN_WEIGHT",
-        "loss_cross_dense": "TF_HEAD.CROSS_DENSE_WEIGHT",
-        "loss_cross_rcnn": "TF_HEAD.CROSS_RCNN_WEIGHT",
+        "loss_assist_dense": "DENSE_WEIGHT",
+        "loss_assist_rcnn": "RCNN_WEIGHT",
+        "loss_cross_dense": "CROSS_DENSE_WEIGHT",
+        "loss_cross_rcnn": "CROSS_RCNN_WEIGHT",
     }
+    SCHEDULE_KEYS = {
+        "loss_assist_dense": "ASSIST_SCHEDULE",
+        "loss_assist_rcnn": "ASSIST_SCHEDULE",
+        "loss_cross_dense": "CROSS_SCHEDULE",
+        "loss_cross_rcnn": "CROSS_SCHEDULE",
+    }
+    reads_teacher = False
 
     def __init__(
         self,
@@ -71,27 +103,21 @@ class TFHEAD(DistillMethod):
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
-        node = cfg.MODEL.DISTILL.TF_HEAD
+        arguments = super().from_config(cfg, student, teacher)
+        node, weights = cfg.MODEL.DISTILL.TF_HEAD, arguments["weights"]
         if student.family != "dense":
             raise PairError(
                 f"TFHEAD cannot use the student {student.kind}; it must be a one-stage detector "
                 "(MODEL.DISTILL.STUDENT)."
             )
-        weights = cls.configured_weights(cfg)
         if not node.DENSE_ASSISTANT:
             weights["loss_assist_dense"] = 0.0
         _check_assistants(node, weights)
-        parts: dict[str, Any] = {}
         if weights["loss_assist_dense"]:
-            parts.update(_build_dense(cfg, student))
+            arguments.update(_build_dense(cfg, student))
         if weights["loss_assist_rcnn"]:
-            parts.update(_build_rcnn(cfg, student))
-        schedules = {
-            part: build_schedule(node[f"{part}_SCHEDULE"], f"{KEY}.{part}_SCHEDULE")
-            for part in ("ASSIST", "CROSS")
-        }
-        schedule = {term: schedules["CROSS" if "cross" in term else "ASSIST"] for term in weights}
-        return {**parts, "weights": weights, "schedule": schedule}
+            arguments.update(_build_rcnn(cfg, student))
+        return arguments
 
     def forward(self, student: DenseRun, teacher: Run | None = None) -> dict[str, torch.Tensor]:
         terms = {}

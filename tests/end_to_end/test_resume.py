@@ -17,6 +17,7 @@ from .runs import (
     checkpoint,
     distiller,
     losses,
+    merged,
     write_config,
 )
 
@@ -37,10 +38,17 @@ def test_killed_run(server, recorded, tmp_path):
     assert_same_run(tmp_path / "killed", recorded.folder, iterations=ITERATIONS)
 
 
-@pytest.mark.parametrize("kind", ["Distiller", "Faster R-CNN", "TF-HEAD"])
+# Of two methods one ends right before the iteration that a killed run resumes at, the other one right after it.
+ENDED = {
+    "MODEL": {"DISTILL": {"CROSSKD": {"SCHEDULE": [["EarlyStop", 2]]}, "PKD": {"SCHEDULE": [["EarlyStop", 3]]}}}
+}
+
+
+@pytest.mark.parametrize("kind", ["Distiller", "Ended methods", "Faster R-CNN", "TF-HEAD"])
 def test_killed_run_of_another_kind(server, data, teacher, tmp_path, kind):
     special = {
         "Distiller": distiller(teacher.config, teacher.weights, "CrossKD", "PKD", "FeatureImitation"),
+        "Ended methods": merged(distiller(teacher.config, teacher.weights, "CrossKD", "PKD"), ENDED),
         "Faster R-CNN": FASTER_RCNN,
         "TF-HEAD": TF_HEAD,
     }[kind]

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from d2_distill.assistants.dense import tower_ends
-from d2_distill.distiller import Distiller
+from d2_distill.distiller import Distiller, wanted_taps
 from d2_distill.errors import UserError
 from d2_distill.methods.assist_dense import SameLevels
 from d2_distill.methods.assistance import mimicry_loss
@@ -48,7 +48,7 @@ class Step:
         inputs = batch() if inputs is None else inputs
         self.setting = model.methods["HEAD"].setting
         images, gt_instances = model.staged.preprocess(inputs), [x["instances"] for x in inputs]
-        taps = model._wanted_taps()
+        taps = wanted_taps(model.methods.values())
         self.student = model.staged.run(images, gt_instances, taps=taps)
         self.teacher = model.teacher.staged.run(images, gt_instances, taps=taps, frozen=True)
         self.setting.assistant.register_forward_hook(lambda _, given, made: setattr(self, "assistant", made))

@@ -114,14 +114,21 @@ def test_a_wrong_value_is_not_the_pairs_fault(student, teacher):
     assert not isinstance(info.value, PairError)
 
 
-def test_every_weight_has_its_key():
-    cfg = distiller_cfg("GFL", None)
-    for name in OURS:
-        keys = DISTILL_METHOD_REGISTRY.get(name).WEIGHT_KEYS
-        assert keys and all(term.startswith("loss_") for term in keys)
-        for value, (term, key) in enumerate(keys.items(), start=2):
-            cfg.merge_from_list([f"MODEL.DISTILL.{key}", float(value)])
-        assert list(DISTILL_METHOD_REGISTRY.get(name).configured_weights(cfg).values()) == list(range(2, len(keys) + 2))
+@pytest.mark.parametrize("name", OURS)
+def test_every_term_has_its_weight_and_schedule(name):
+    cfg, method = distiller_cfg("GFL", None), DISTILL_METHOD_REGISTRY.get(name)
+    terms = {term: float(value) for value, term in enumerate(method.WEIGHT_KEYS, start=2)}
+    assert terms and all(term.startswith("loss_") for term in terms)
+    for term, value in terms.items():
+        cfg.merge_from_list([f"{method.KEY}.{method.WEIGHT_KEYS[term]}", value])
+    keys = {term: f"{method.KEY}.{method.SCHEDULE_KEYS.get(term, 'SCHEDULE')}" for term in terms}
+    constants = {key: float(value) for value, key in enumerate(sorted(set(keys.values())), start=2)}
+    for key, value in constants.items():
+        cfg.merge_from_list([key, [["Constant", value]]])
+    found = method.weights_and_schedule(cfg)
+    assert found["weights"] == terms
+    schedules = {term: schedule(0) for term, schedule in found["schedule"].items()}
+    assert schedules == {term: constants[key] for term, key in keys.items()}
 
 
 def test_head_refuses_teachers_whose_head_it_cannot_build(student):

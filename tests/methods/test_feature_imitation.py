@@ -309,7 +309,7 @@ def test_pairs_and_regions_that_are_refused(region, student, teacher, theirs, me
 
 @pytest.mark.parametrize("region", ["whole", "inside_gt"])
 def test_without_adapters_channels_must_agree(region):
-    message = "ADAPTER is False, but the student's p3 has 32 channels and the teacher's p3 has 16; .* to True"
+    message = "student's p3 has 32 channels and the teacher's p3 has 16; .* set MODEL.DISTILL.IMITATION.ADAPTER to True"
     with pytest.raises(UserError, match=message):
         imitation(region, "GFL", "GFL", NARROW, ADAPTER=False)
 

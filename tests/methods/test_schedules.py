@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from d2_distill.errors import UserError
-from d2_distill.methods.schedules import build_schedule, is_constant
+from d2_distill.methods.schedules import build_schedule, is_constant, is_over
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,7 @@ from d2_distill.methods.schedules import build_schedule, is_constant
         (["EarlyStop", 4], {0: 1.0, 4: 1.0, 5: 0.0}),
         (["Decay", 4], {0: 1.0, 1: 0.75, 4: 0.0, 9: 0.0}),
         (["Linear", 2.0, 6.0, 10, 14], {0: 2.0, 10: 2.0, 11: 3.0, 14: 6.0, 99: 6.0}),
+        (["Linear", 2.0, 6.0, 10, 10], {0: 2.0, 9: 2.0, 10: 6.0, 11: 6.0}),
         (["Constant", 0.5], {0: 0.5, 7: 0.5}),
     ],
 )
@@ -37,8 +38,44 @@ def test_only_the_empty_schedule_is_constant():
     assert not is_constant(build_schedule([["Warmup", 0]])) and not is_constant(lambda iteration: 1.0)
 
 
+@pytest.mark.parametrize(
+    "spec, first",
+    [
+        ([], None),
+        ([["Warmup", 4]], None),
+        ([["EarlyStop", 4]], 5),
+        ([["EarlyStop", 4.5]], 5),
+        ([["EarlyStop", 0]], 1),
+        ([["Decay", 4]], 4),
+        ([["Decay", 0]], 0),
+        ([["Linear", 2.0, 6.0, 3, 9]], None),
+        ([["Linear", 0.3, 0.0, 3, 9]], 9),
+        ([["Linear", 0.0, 0.3, 3, 9]], None),
+        ([["Linear", 0.0, 0.0, 3, 9]], 9),  # it is 0 before, and says so late
+        ([["Linear", 0.3, 0.0, 3, 3]], 3),
+        ([["Constant", 0.0]], 0),
+        ([["Constant", 0.5]], None),
+        ([["Warmup", 6], ["EarlyStop", 4]], 5),
+        ([["EarlyStop", 9], ["Decay", 7], ["Constant", 2.0], ["Warmup", 3]], 7),
+        ([["Linear", 0.0, 1.0, 4, 5], ["EarlyStop", 8]], 9),
+    ],
+)
+def test_when_a_schedule_is_over(spec, first):
+    schedule = build_schedule(spec)
+    over = [iteration for iteration in range(30) if is_over(schedule, iteration)]
+    assert over == ([] if first is None else list(range(first, 30)))
+    assert all(schedule(iteration) == 0 for iteration in over)
+    if first is None:
+        assert schedule(10**9) != 0
+
+
+def test_other_functions_are_never_over():
+    assert not is_over(lambda iteration: 0.0, 10)
+
+
 def test_a_schedule_can_be_pickled():
-    assert pickle.loads(pickle.dumps(build_schedule([["Decay", 8]])))(2) == 0.75
+    schedule = pickle.loads(pickle.dumps(build_schedule([["Decay", 8]])))
+    assert schedule(2) == 0.75 and is_over(schedule, 8)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def ld_terms(case: Case, runs: RecordedRuns) -> dict[str, torch.Tensor]:
     cfg = get_distill_cfg()
     options = {"REFERENCE_IMAGES": 0, **_OPTIONS[kind]}
     cfg.merge_from_list([x for key, value in options.items() for x in (f"MODEL.DISTILL.LD.{key}", value)])
-    method = LD(**LD.arguments(cfg.MODEL.DISTILL.LD, runs.student.staged))
+    method = LD(**LD.weights_and_schedule(cfg), **LD.arguments(cfg.MODEL.DISTILL.LD, runs.student.staged))
     terms = method(runs.student, runs.teacher)
     return {name: value * method.weight_at(name, 0) for name, value in terms.items()}
 
@@ -88,7 +88,7 @@ def assert_targets(case: Case, runs: RecordedRuns) -> None:
         positive = assignment.foreground
         assert torch.equal(assignment.boxes[positive], case.tensor("out_tgt_bbox_targets")[positive])
         cfg = get_distill_cfg()
-        method = LD(**LD.arguments(cfg.MODEL.DISTILL.LD, runs.student.staged))
+        method = LD(**LD.weights_and_schedule(cfg), **LD.arguments(cfg.MODEL.DISTILL.LD, runs.student.staged))
         assert_recorded(case, "out_tgt_vlr", method.valuable.values(runs.student, None))
 
 
