@@ -151,9 +151,18 @@ class Teacher:
 
 
 def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
-    """The teacher's own config, from the student's ``MODEL.DISTILL.TEACHER``, with the classes of its own data.
+    """Return the config of :func:`read_teacher_config` with the classes of its own data.
 
     A teacher may come without its data: its config then has to tell the number of classes, or ``DATASETS.CLASSES``.
+
+    Raises:
+        UserError: see :func:`read_teacher_config`.
+    """
+    return with_classes(read_teacher_config(cfg, trained=trained))
+
+
+def read_teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
+    """Return the teacher's own config, from the student's ``MODEL.DISTILL.TEACHER``.
 
     Without weights of its own a name of Detectron2's model zoo means the zoo's trained checkpoint, not what the zoo's
     config initialises the training with.
@@ -182,7 +191,7 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
             f"INPUT.FORMAT is {ours} for the student and {theirs} for the teacher; "
             "only BGR and RGB can be converted into each other."
         )
-    return with_classes(teacher_cfg)
+    return teacher_cfg
 
 
 def _take_classes(

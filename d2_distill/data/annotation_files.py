@@ -7,10 +7,13 @@ import functools
 import json
 import math
 import os
+import pickle
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from detectron2.structures import BoxMode
+from pycocotools import mask as masks_of_coco
 
 from ..errors import UserError
 from . import problems
@@ -22,7 +25,8 @@ _COCO_SECTIONS = {
     "categories": ("id", "name"),
 }
 _SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_SIZE = ("size/width", "size/height")
+_CORNERS = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
 
 
 def coco_class_names(json_file: str, *, source: str, evaluated: bool = False) -> list[str]:
@@ -40,19 +44,35 @@ def coco_class_names(json_file: str, *, source: str, evaluated: bool = False) ->
     return [category["name"] for category in sections["categories"]]
 
 
-def read_coco(
-    json_file: str, image_root: str, found: Found, *, evaluated: bool
-) -> tuple[list[dict], list[str]]:
-    """Records in Detectron2's standard form, and the class names, of a COCO instance annotation file.
+class CocoSet(NamedTuple):
+    """What a COCO instance annotation file says.
 
-    What is malformed is told and left out. Annotations keep their ``id``.
+    Attributes:
+        records: in Detectron2's standard form, in the order of their image ids.
+        sections: the usable entries of the file's lists; categories in the order of their ids.
+    """
+
+    records: list[dict[str, Any]]
+    sections: dict[str, list[dict[str, Any]]]
+
+    @property
+    def class_names(self) -> list[str]:
+        return [category["name"] for category in self.sections["categories"]]
+
+
+def read_coco(json_file: str, image_root: str, found: Found, *, evaluated: bool, with_masks: bool = False) -> CocoSet:
+    """Read a COCO instance annotation file.
+
+    What is malformed is told and left out. So are annotations with polygons of which none has three points: Detectron2
+    leaves them out, too. Annotations keep their ``id``.
 
     Args:
         found: takes each problem.
         evaluated: see :func:`coco_class_names`.
+        with_masks: annotations also get ``segmentation``, for detectors that predict masks.
     """
     sections = _coco_sections(json_file, found, evaluated)
-    class_of = {category["id"]: index for index, category in enumerate(sections["categories"])}
+    class_of = category_numbers(sections["categories"])
     records = {
         image["id"]: {
             "file_name": os.path.join(image_root, image["file_name"]),
@@ -61,17 +81,61 @@ def read_coco(
             "image_id": image["id"],
             "annotations": [],
         }
-        for image in sections["images"]
+        for image in sorted(sections["images"], key=lambda image: (isinstance(image["id"], str), image["id"]))
     }
     for row in sections["annotations"]:
-        records[row["image_id"]]["annotations"].append({
+        polygons = row.get("segmentation")
+        if polygons and isinstance(polygons, list):
+            polygons = [part for part in polygons if isinstance(part, list) and len(part) % 2 == 0 and len(part) >= 6]
+            if not polygons:
+                fault = f"{json_file}: annotation {row['id']} has no polygon of three points or more"
+                found(Problem(problems.NO_POLYGON, fault))
+                continue
+        annotation = {
             "id": row["id"],
             "bbox": row["bbox"],
             "bbox_mode": BoxMode.XYWH_ABS,
             "category_id": class_of[row["category_id"]],
             "iscrowd": row.get("iscrowd", 0),
-        })
-    return list(records.values()), [category["name"] for category in sections["categories"]]
+        }
+        if with_masks and polygons:
+            annotation["segmentation"] = polygons if isinstance(polygons, list) else _compressed(polygons)
+        records[row["image_id"]]["annotations"].append(annotation)
+    return CocoSet(list(records.values()), sections)
+
+
+def category_numbers(categories: Sequence[dict[str, Any]]) -> dict[int, int]:
+    """Return the class number of each category id."""
+    return {category["id"]: index for index, category in enumerate(categories)}
+
+
+def _compressed(run_lengths: dict[str, Any]) -> dict[str, Any]:
+    """The run lengths of a mask as pycocotools packs them."""
+    if isinstance(run_lengths["counts"], list):
+        return masks_of_coco.frPyObjects(run_lengths, *run_lengths["size"])
+    return run_lengths
+
+
+_TRUTH = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
+    "categories": ("id", "name"),
+}
+
+
+def coco_truth(sections: dict[str, list[dict[str, Any]]], *, with_masks: bool) -> bytes:
+    """Return a pickled COCO dataset with all that an evaluation reads of the file's lists.
+
+    Args:
+        sections: see :class:`CocoSet`.
+        with_masks: keep ``segmentation``.
+    """
+    fields = {**_TRUTH, "annotations": (*_TRUTH["annotations"], *["segmentation"] * with_masks)}
+    dataset = {
+        name: [{field: row[field] for field in fields[name] if field in row} for row in rows]
+        for name, rows in sections.items()
+    }
+    return pickle.dumps(dataset, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def _coco_sections(json_file: str, found: Found, evaluated: bool) -> dict[str, list[dict]]:
@@ -229,14 +293,12 @@ def voc_class_names(dirname: str, *, source: str) -> list[str]:
     return list(names)
 
 
-@functools.lru_cache()  # the splits of a folder share it
 def _object_names(folder: str) -> tuple[str, ...]:
     names = set()
     for file_name in os.listdir(folder):
         if file_name.endswith(".xml"):
             with contextlib.suppress(OSError, ElementTree.ParseError):
-                objects = ElementTree.parse(os.path.join(folder, file_name)).findall("object")
-                names.update(item.findtext("name") for item in objects)
+                names.update(item.name for item in _parsed(os.path.join(folder, file_name)).objects)
     return tuple(sorted(names - {None, ""}))
 
 
@@ -251,9 +313,11 @@ def read_voc(dirname: str, split: str, class_names: Sequence[str], found: Found)
     records = []
     for image_id in _voc_image_ids(dirname, split, found):
         path = os.path.join(dirname, "Annotations", f"{image_id}.xml")
-        tree = _read_xml(path, found)
-        size = None if tree is None else [_number(tree, f"size/{tag}", path, found) for tag in ("width", "height")]
-        if size is None or None in size:
+        content = _read_xml(path, found)
+        if content is None:
+            continue
+        size = [_number(*text, path, found) for text in zip(content.size, _SIZE)]
+        if None in size:
             continue
         if not all(map(_is_size, size)):
             fault = f"has the size {size[0]:g} x {size[1]:g}, which are no numbers of pixels"
@@ -264,30 +328,29 @@ def read_voc(dirname: str, split: str, class_names: Sequence[str], found: Found)
             "height": int(size[1]),
             "width": int(size[0]),
             "image_id": image_id,
-            "annotations": _voc_objects(tree, path, class_names, found),
+            "annotations": _voc_objects(content.objects, path, class_names, found),
         })
     return records
 
 
-def _voc_objects(tree, path: str, class_names: Sequence[str], found: Found) -> list[dict]:
+def _voc_objects(objects: Sequence[_XmlObject], path: str, class_names: Sequence[str], found: Found) -> list[dict]:
     annotations = []
-    for number, item in enumerate(tree.findall("object")):
+    for number, item in enumerate(objects):
         where = f"{path}: object {number}"
-        corners = [_number(item, f"bndbox/{tag}", where, found) for tag in _CORNERS]
+        corners = [_number(*text, where, found) for text in zip(item.corners, _CORNERS)]
         if None in corners:
             continue
-        name = item.findtext("name")
-        if name not in class_names:
-            fault = f"has the class {name!r}, which is not in the class list ({', '.join(class_names)})"
+        if item.name not in class_names:
+            fault = f"has the class {item.name!r}, which is not in the class list ({', '.join(class_names)})"
             found(Problem(problems.UNKNOWN_CLASS, f"{where} {fault}"))
             continue
         xmin, ymin, xmax, ymax = corners
         annotations.append({
-            "category_id": class_names.index(name),
+            "category_id": class_names.index(item.name),
             # As Detectron2 reads them: the files' corners are 1-based pixels, the last ones included.
             "bbox": [xmin - 1, ymin - 1, xmax, ymax],
             "bbox_mode": BoxMode.XYXY_ABS,
-            "difficult": item.findtext("difficult", "0").strip() == "1",
+            "difficult": item.difficult,
         })
     return annotations
 
@@ -318,9 +381,24 @@ def _voc_image_ids(dirname: str, split: str, found: Found) -> list[str]:
     return [words[0] for words in lines]
 
 
-def _read_xml(path: str, found: Found):
+class _XmlObject(NamedTuple):
+    """An object of an annotation file of Pascal VOC; texts as they are written, None where there is none."""
+
+    name: str | None
+    corners: list[str | None]
+    difficult: bool
+
+
+class _Xml(NamedTuple):
+    """What is used of an annotation file of Pascal VOC: the size's texts, width first, and the objects."""
+
+    size: list[str | None]
+    objects: list[_XmlObject]
+
+
+def _read_xml(path: str, found: Found) -> _Xml | None:
     try:
-        return ElementTree.parse(path)
+        return _parsed(path)
     except OSError as error:
         found(Problem(problems.MISSING_XML, f"the annotation file {path} cannot be read ({error.strerror})"))
     except ElementTree.ParseError as error:
@@ -328,8 +406,33 @@ def _read_xml(path: str, found: Found):
     return None
 
 
-def _number(element, tag: str, where: str, found: Found) -> float | None:
-    text = element.findtext(tag)
+def _parsed(path: str) -> _Xml:
+    status = os.stat(path)
+    return _parse(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=None)  # the class names of a folder, and its splits, share the files
+def _parse(path: str, mtime_ns: int, size: int) -> _Xml:
+    tree = ElementTree.parse(path)
+    return _Xml(
+        [tree.findtext(tag) for tag in _SIZE],
+        [
+            _XmlObject(
+                item.findtext("name"),
+                [item.findtext(tag) for tag in _CORNERS],
+                item.findtext("difficult", "0").strip() == "1",
+            )
+            for item in tree.findall("object")
+        ],
+    )
+
+
+def forget_parsed_files() -> None:
+    """Free what is kept of annotation files of Pascal VOC, so that several data sets of a folder read each but once."""
+    _parse.cache_clear()
+
+
+def _number(text: str | None, tag: str, where: str, found: Found) -> float | None:
     with contextlib.suppress(TypeError, ValueError):
         number = float(text)
         if math.isfinite(number):

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+from tabulate import tabulate
 
 from ..errors import UserError
 from . import problems
 from .annotation_files import check_voc_annotations, coco_class_names
+from .loaded import LoadedOnce, load_once, without_collection
 from .problems import Found, Problem, refusing
-from .records import check_records, usable_boxes
+from .records import check_image_files, check_records, is_crowd, usable_boxes
 from .registration import declared_names
+
+logger = logging.getLogger(__name__)
 
 
 def check_datasets(cfg, *, train: bool = True) -> None:
@@ -39,6 +45,7 @@ def check_datasets(cfg, *, train: bool = True) -> None:
         for name in cfg.DATASETS.TRAIN if key == "DATASETS.TRAIN" else cfg.DATASETS.TEST:
             if name in checked:
                 continue
+            require_registered(name, key, declared)
             class_names = check_dataset(name, key=key, strict=name in declared)
             compare_classes(name, class_names, checked, cfg.DATASETS.CLASSES, refusing(key))
             checked[name] = class_names
@@ -68,14 +75,29 @@ def check_dataset(name: str, *, key: str, strict: bool = True) -> list[str]:
         else:
             refuse(problem)
 
-    records = _load(name, key, source)
+    entry = _load(name, key, source)
     class_names = list(MetadataCatalog.get(name).get("thing_classes", []))
-    check_content(records, check_records(records, class_names, found), found, train=key == "DATASETS.TRAIN")
+    with without_collection():
+        if not entry.handed_over:
+            records = entry()
+            usable = check_records(records, class_names, found)
+            check_content(records, usable, found, train=key == "DATASETS.TRAIN")
+            logger.info("%s has %s", source, _summary(usable, class_names))
+        elif comm.get_local_rank() == 0:  # on another machine than the process that has checked the rest
+            check_image_files(entry(), found)
     if useless:
-        logging.getLogger(__name__).warning(
-            "%s: %d boxes have no area or lie outside their image.", source, len(useless)
-        )
+        logger.warning("%s: %d boxes have no area or lie outside their image.", source, len(useless))
     return class_names
+
+
+def _summary(records: Sequence[dict], class_names: Sequence[str]) -> str:
+    """Return the numbers of images and boxes, those of each class in a table of three columns."""
+    classes = [row["category_id"] for record in records for row in record["annotations"] if not is_crowd(row)]
+    empty = sum(all(map(is_crowd, record["annotations"])) for record in records)
+    counts = np.bincount(np.array(classes, dtype=int), minlength=len(class_names)).tolist()
+    cells = [cell for pair in zip(class_names, counts) for cell in pair]
+    table = tabulate([cells[start : start + 6] for start in range(0, len(cells), 6)], tablefmt="plain")
+    return f"{len(classes)} boxes in {len(records)} images, {empty} of them without any:\n{table}"
 
 
 def check_content(records: Sequence[dict], usable: Sequence[dict], found: Found, *, train: bool) -> None:
@@ -121,10 +143,13 @@ def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
     return f"they differ in {', '.join(differing[:5])}" if differing else "the same in another order"
 
 
-def _load(name: str, key: str, source: str) -> list[dict]:
+def _load(name: str, key: str, source: str) -> LoadedOnce:
     require_registered(name, key)
+    entry = load_once(name)
     try:
-        return DatasetCatalog.get(name)
+        entry.records(source)
+    except UserError:
+        raise
     except Exception as error:  # whatever a loading function stumbles over is the data's fault: say what
         metadata = MetadataCatalog.get(name)
         if hasattr(metadata, "json_file"):
@@ -134,15 +159,19 @@ def _load(name: str, key: str, source: str) -> list[dict]:
         raise UserError(
             f"{source} cannot be loaded ({type(error).__name__}: {error}); correct its files."
         ) from error
+    return entry
 
 
-def require_registered(name: str, key: str) -> None:
+def require_registered(name: str, key: str, declared: Iterable[str] = ()) -> None:
     """
+    Args:
+        declared: names of data sets that might be meant, too, although they are not registered.
+
     Raises:
         UserError: no data set has this name; ``key`` is the config key that does.
     """
     registered = DatasetCatalog.list()
     if name not in registered:
-        close = difflib.get_close_matches(name, registered, n=3)
+        close = difflib.get_close_matches(name, {*registered, *declared}, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "add it to DATASETS.COCO or DATASETS.VOC."
         raise UserError(f"{key} names the data set {name!r}, which is not registered; {hint}")

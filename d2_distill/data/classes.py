@@ -16,13 +16,16 @@ logger = logging.getLogger(__name__)
 _MAX_NAMED = 10
 
 
-def dataset_classes(cfg: CfgNode) -> list[str]:
+def dataset_classes(cfg: CfgNode, *, register: bool = False) -> list[str]:
     """Names of a detector's classes in the order of its outputs, ``DATASETS.CLASSES``; empty if they are not known.
 
     Where the key is empty, those of the first registered data set of ``DATASETS.TRAIN``, else of ``DATASETS.TEST``,
     that tells its classes without being loaded.
+
+    Args:
+        register: register data sets that the config declares as far as they are asked for, see :func:`with_classes`.
     """
-    return list(cfg.DATASETS.CLASSES) or _of_datasets(cfg)[0]
+    return list(cfg.DATASETS.CLASSES) or _of_datasets(cfg, register)[0]
 
 
 def with_classes(cfg: CfgNode) -> CfgNode:

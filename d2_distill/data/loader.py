@@ -6,18 +6,18 @@ import contextlib
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
-from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
-from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.data.common import AspectRatioGroupedDataset, MapDataset
+from detectron2.data.samplers import InferenceSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from ..errors import UserError
+from .loaded import load_once
 from .mapper import CheckedDatasetMapper
 
 
@@ -49,20 +49,15 @@ def build_train_loader(
         seed = cfg.SEED
     elif seed is None:
         seed = comm.shared_random_seed()
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
-    sizes = None
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        sizes = [(record["width"], record["height"]) for record in records]
+    records, sizes = _training_records(cfg)
     mapper = mapper or CheckedDatasetMapper(cfg, is_train=True)
     num_workers = cfg.DATALOADER.NUM_WORKERS
     return DataLoader(
-        SeededMapDataset(DatasetFromList(records), mapper, seed=seed),
+        SeededMapDataset(records, mapper, seed=seed),
         batch_sampler=ResumableBatchSampler(
             _build_sampler(cfg, records, seed),
             batch_size=total_batch_size // world_size,
-            sizes=sizes,
+            sizes=sizes if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
             start_iter=start_iter,
         ),
         num_workers=num_workers,
@@ -73,18 +68,43 @@ def build_train_loader(
     )
 
 
+def build_test_loader(cfg, name: str, mapper: Callable[[dict], dict]) -> DataLoader:
+    """Build a loader of a registered data set's images, one a batch; each process gets its share of them.
+
+    Args:
+        mapper: maps a record to a sample.
+    """
+    records = load_once(name).records()
+    return DataLoader(
+        MapDataset(records, mapper),
+        sampler=InferenceSampler(len(records)),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=trivial_batch_collator,
+    )
+
+
+def _training_records(cfg) -> tuple[Dataset, np.ndarray]:
+    """Return the records of ``DATASETS.TRAIN`` to train on, and their (N, 2) widths and heights."""
+    parts = [load_once(name).records() for name in cfg.DATASETS.TRAIN]
+    records, sizes = ConcatDataset(parts), np.concatenate([part.index.sizes for part in parts])
+    if not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        return records, sizes
+    chosen = np.flatnonzero(np.concatenate([part.index.has_objects for part in parts]))
+    return Subset(records, chosen), sizes[chosen]
+
+
 class ResumableBatchSampler(Sampler):
     """Batches of ``(index, position)``: an index into the data set and its place in the stream of all ranks.
 
     Args:
         sampler: infinite stream of this rank's indices, every ``world_size``-th of the stream of all ranks.
         batch_size: of this rank.
-        sizes: (width, height) per index, to put only wide or only tall images into a batch; None: as drawn.
+        sizes: (N, 2), width and height per index, to put only wide or only tall images into a batch; None: as drawn.
         start_iter: number of batches that are left out.
     """
 
     def __init__(
-        self, sampler, *, batch_size: int, sizes: Sequence[tuple[int, int]] | None = None, start_iter: int = 0
+        self, sampler, *, batch_size: int, sizes: np.ndarray | None = None, start_iter: int = 0
     ):
         self.sampler = sampler
         self.batch_size = batch_size
@@ -110,7 +130,7 @@ class ResumableBatchSampler(Sampler):
 class SeededMapDataset(Dataset):
     """``mapper(records[index])`` for a key ``(index, position)``, which also seeds its random numbers."""
 
-    def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict], *, seed: int):
+    def __init__(self, records: Dataset, mapper: Callable[[dict], dict], *, seed: int):
         self.records = records
         self.mapper = mapper
         self.seed = seed
@@ -140,13 +160,13 @@ def seeded_rng(seed: int, position: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _build_sampler(cfg, records: Sequence[dict], seed: int):
+def _build_sampler(cfg, records: Dataset, seed: int):
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "TrainingSampler":
         return TrainingSampler(len(records), seed=seed)
     if name == "RepeatFactorTrainingSampler":
         repeat_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+            [records[index] for index in range(len(records))], cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
         return RepeatFactorTrainingSampler(repeat_factors, seed=seed)
     raise UserError(

@@ -91,6 +91,11 @@ STICKS_OUT = Kind(
     "they are clipped; look whether the image size is right, and whether boxes are x, y, width, height and no corners",
     False,
 )
+NO_POLYGON = Kind(
+    "annotations whose polygons have less than three points",
+    "they are left out, as Detectron2 does: correct the polygon, or remove it and keep the box",
+    False,
+)
 TINY = Kind(
     "boxes that become tiny",
     "raise INPUT.MIN_SIZE_TRAIN, crop the images, or leave them out; boxes below a pixel may be parts of the image's size "

@@ -34,11 +34,20 @@ def check_records(records: Sequence[dict], class_names: Sequence[str], found: Fo
             found(Problem(problems.MALFORMED_RECORD, fault))
         else:
             complete.append(record)
-    lost = [record["file_name"] for record in complete if not os.path.isfile(record["file_name"])]
+    check_image_files(complete, found)
+    return _with_usable_annotations(complete, class_names, found)
+
+
+def check_image_files(records: Sequence[dict], found: Found) -> None:
+    """Tell which image files are missing; none is opened.
+
+    Args:
+        found: takes each problem.
+    """
+    lost = [record["file_name"] for record in records if not os.path.isfile(record["file_name"])]
     for path in lost:
         count = f"{len(lost)} of {len(records)} are missing"
         found(Problem(problems.MISSING_IMAGE, f"the image file {path} is missing ({count}){_other_suffix(path)}"))
-    return _with_usable_annotations(complete, class_names, found)
 
 
 def usable_boxes(records: Sequence[dict]) -> int:

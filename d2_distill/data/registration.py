@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Container, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 
 from ..errors import UserError
-from .annotation_files import check_voc_folder, coco_class_names, voc_class_names
+from . import problems
+from .annotation_files import category_numbers, check_voc_folder, coco_truth, read_coco, read_voc, voc_class_names
+from .loaded import Content, LoadedOnce
+from .problems import Problem, refusing
+
+logger = logging.getLogger(__name__)
 
 _COCO_FORM = "(name, json_file, image_root)"
 _VOC_FORM = "(name, dirname, split, class_names, year)"
@@ -22,7 +27,8 @@ def register_datasets(cfg, names: Container | None = None) -> None:
     A COCO row is ``(name, json_file, image_root)``; its class list is that of the file, ordered by category
     id. A VOC row is ``(name, dirname, split, class_names, year)``; the year (2007, 2012) chooses the metric, and empty
     class names are ``DATASETS.CLASSES`` or, where these are empty too, those of :func:`.annotation_files.voc_class_names`.
-    Relative paths are below ``$DETECTRON2_DATASETS`` (default: ``datasets``).
+    Relative paths are below ``$DETECTRON2_DATASETS`` (default: ``datasets``). A COCO file is read here, files of Pascal
+    VOC when their records are asked for; each only once, see :class:`.loaded.LoadedOnce`.
 
     Args:
         names: register only the rows of these names; None registers all.
@@ -112,36 +118,66 @@ def _voc_files(row) -> VocFiles:
 
 
 def _register_coco(row, cfg) -> None:
-    name, json_file, image_root = _coco_files(row)
-    identity = {"evaluator_type": "coco", "json_file": json_file, "image_root": image_root}
-    if _is_registered(name, identity, key="DATASETS.COCO"):
+    files = _coco_files(row)
+    identity = {"evaluator_type": "coco", "json_file": files.json_file, "image_root": files.image_root}
+    if _is_registered(files.name, identity, key="DATASETS.COCO"):
         return
-    source = f"DATASETS.COCO (data set {name!r})"
-    class_names = coco_class_names(json_file, source=source, evaluated=name in cfg.DATASETS.TEST)
-    if not os.path.isdir(image_root):
+    source = f"DATASETS.COCO (data set {files.name!r})"
+    if not os.path.isdir(files.image_root):
         raise UserError(
-            f"{source}: the image folder {image_root} is missing; correct its path, which is relative to "
+            f"{source}: the image folder {files.image_root} is missing; correct its path, which is relative to "
             "$DETECTRON2_DATASETS (default: datasets)."
         )
-    register_coco_instances(name, {"thing_classes": class_names}, json_file, image_root)
+    evaluated, with_masks = files.name in cfg.DATASETS.TEST, cfg.MODEL.MASK_ON
+
+    def read(asks: str) -> Content:
+        return _coco_content(files, asks or source, evaluated=evaluated, with_masks=with_masks)
+
+    entry = LoadedOnce(files.name, read)
+    if "thing_classes" not in entry.metadata:
+        entry.records()
+    _register(entry, files.name, identity)
+
+
+def _coco_content(files: CocoFiles, source: str, *, evaluated: bool, with_masks: bool) -> Content:
+    refuse, left_out = refusing(source), []
+
+    def found(problem: Problem) -> None:
+        refuse(problem)
+        if problem.kind is problems.NO_POLYGON:
+            left_out.append(problem)
+
+    content = read_coco(files.json_file, files.image_root, found, evaluated=evaluated, with_masks=with_masks)
+    if left_out:
+        logger.warning("%s: %d %s are left out.", source, len(left_out), problems.NO_POLYGON.title)
+    numbers = category_numbers(content.sections["categories"])
+    metadata = {"thing_classes": content.class_names, "thing_dataset_id_to_contiguous_id": numbers}
+    truth = coco_truth(content.sections, with_masks=with_masks) if evaluated else None
+    return Content(content.records, metadata, truth)
 
 
 def _register_voc(row, cfg) -> None:
-    name, dirname, split, class_names, year = _voc_files(row)
-    source = f"DATASETS.VOC (data set {name!r})"
-    class_names = list(class_names or cfg.DATASETS.CLASSES or voc_class_names(dirname, source=source))
-    identity = {
-        "evaluator_type": "pascal_voc",
-        "dirname": dirname,
-        "split": split,
-        "year": year,
-        "thing_classes": class_names,
-    }
-    if _is_registered(name, identity, key="DATASETS.VOC"):
+    files = _voc_files(row)
+    source = f"DATASETS.VOC (data set {files.name!r})"
+    class_names = list(files.class_names or cfg.DATASETS.CLASSES)
+    identity = {"evaluator_type": "pascal_voc", "dirname": files.dirname, "split": files.split, "year": files.year}
+    classes = {"thing_classes": class_names} if class_names else {}
+    if _is_registered(files.name, {**identity, **classes}, key="DATASETS.VOC"):
         return
-    check_voc_folder(dirname, split, source=source)
-    register_pascal_voc(name, dirname, split, year, class_names=class_names)
-    MetadataCatalog.get(name).evaluator_type = "pascal_voc"
+
+    def read(asks: str) -> Content:
+        return Content(read_voc(files.dirname, files.split, names, refusing(asks or source)), {})
+
+    entry = LoadedOnce(files.name, read)
+    names = class_names or entry.metadata.get("thing_classes") or voc_class_names(files.dirname, source=source)
+    check_voc_folder(files.dirname, files.split, source=source)
+    entry.add_metadata({"thing_classes": names})
+    _register(entry, files.name, identity)
+
+
+def _register(entry: LoadedOnce, name: str, metadata: dict[str, Any]) -> None:
+    DatasetCatalog.register(name, entry)
+    MetadataCatalog.get(name).set(**metadata)
 
 
 def _is_row(row, types: Sequence) -> bool:

@@ -19,13 +19,17 @@ from torch import nn
 from ..checkpoint.exact import require_file
 from ..config.model_zoo import find_config
 from ..config.reading import read_config
+from ..data.annotation_files import forget_parsed_files
 from ..data.checks import check_datasets
-from ..data.classes import with_classes
+from ..data.classes import dataset_classes, with_classes
+from ..data.loaded import keep_only
 from ..data.own_sets import name_data
 from ..data.registration import register_datasets
+from ..data.sharing import main_process_first
 from ..detectors.building import DISTILLER, build_detector
 from ..errors import UserError, sentence_of
 from ..evaluation.voc import voc_convention
+from ..teacher import read_teacher_config
 from .evaluate import load_detector
 from .logs import held_back
 from .output_dir import claim_output_dir
@@ -43,12 +47,7 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
         UserError: before anything is written, if any of them cannot be used.
     """
     with held_back():
-        data = {option: getattr(args, option, ()) for option in ("train_data", "test_data")}
-        cfg = load_config(args.config_file, args.opts, **data)
-        register_datasets(cfg, names=cfg.DATASETS.TEST if args.eval_only else None)
-        voc_convention(cfg.TEST.VOC_CONVENTION)
-        check_datasets(cfg, train=not args.eval_only)
-        cfg = with_classes(cfg)  # some data sets tell their classes only when they are loaded
+        cfg = main_process_first(lambda: _with_checked_data(args))
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
         if args.eval_only:
             model = load_detector(cfg, resume=args.resume)
@@ -69,6 +68,25 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
             raise UserError(f"OUTPUT_DIR: {sentence_of(error)}") from error
         setup_logger(run_cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_distill")
     return cfg, model
+
+
+def _with_checked_data(args: argparse.Namespace) -> CfgNode:
+    """Return the run's config, whose data sets are then registered and checked; nothing else is kept of any data set.
+
+    Raises:
+        UserError: a config or a data set cannot be used.
+    """
+    data = {option: getattr(args, option, ()) for option in ("train_data", "test_data")}
+    cfg = load_config(args.config_file, args.opts, **data)
+    used = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    register_datasets(cfg, names=(None, *used))  # None: a row whose name is malformed
+    voc_convention(cfg.TEST.VOC_CONVENTION)
+    check_datasets(cfg, train=not args.eval_only)
+    if cfg.MODEL.META_ARCHITECTURE == DISTILLER and cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE and not args.eval_only:
+        dataset_classes(read_teacher_config(cfg), register=True)  # so that no other process reads the teacher's data
+    forget_parsed_files()
+    keep_only(used)
+    return with_classes(cfg)  # some data sets tell their classes only when they are loaded
 
 
 def load_config(

@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.exact import TrainingCheckpointer, readable
-from ..data.loader import build_train_loader
+from ..data.loader import build_test_loader, build_train_loader
 from ..data.mapper import CheckedDatasetMapper
 from ..distiller import Distiller
 from ..errors import UserError
+from ..evaluation.coco import CheckedCOCOEvaluator
 from ..evaluation.voc import VOCEvaluator
 from .hooks import LossNormalizers, SeedEveryStep, StopOnSignal, TrainingClock
 from .optimizer import build_optimizer
@@ -63,12 +64,11 @@ class Trainer(DefaultTrainer):
         """COCO or Pascal VOC protocol, by the data set's ``evaluator_type``."""
         if MetadataCatalog.get(dataset_name).get("evaluator_type", "coco") == "pascal_voc":
             return VOCEvaluator(dataset_name, cfg.TEST.VOC_CONVENTION)
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return CheckedCOCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        mapper = CheckedDatasetMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return build_test_loader(cfg, dataset_name, CheckedDatasetMapper(cfg, is_train=False))
 
     def build_hooks(self) -> list[HookBase]:
         normalizers = LossNormalizers(self.model, self.cfg.SOLVER.CHECKPOINT_PERIOD)

@@ -70,12 +70,12 @@ def set_box(*box):
 @pytest.mark.parametrize("edit, sentence", [
     (clear, "is empty; correct"),
     (all_crowd, r"has 3 images, but none with a usable \(non-crowd\) box"),
-    (set_box(2, 3, 0, 6), r"images/1.png, annotation 0: the box \[2, 3, 0, 6\] has no area; "),
-    (set_box(2, 3, 8, -6), r"images/1.png, annotation 0: the box \[2, 3, 8, -6\] has no area; "),
-    (set_box(float("nan"), 3, 8, 6), r"images/1.png, annotation 0: the box \[nan, 3, 8, 6\] is not finite; "),
-    (set_box(2, float("inf"), 8, 6), r"images/1.png, annotation 0: the box \[2, inf, 8, 6\] is not finite; "),
-    (set_box(21, 3, 8, 6), r"images/1.png, annotation 0: .* lies outside the image of 20 x 30; "),
-    (set_box(2, -7, 8, 6), r"images/1.png, annotation 0: .* lies outside the image of 20 x 30; "),
+    (set_box(2, 3, 0, 6), r"images/1.png, annotation 2: the box \[2, 3, 0, 6\] has no area; "),
+    (set_box(2, 3, 8, -6), r"images/1.png, annotation 2: the box \[2, 3, 8, -6\] has no area; "),
+    (set_box(float("nan"), 3, 8, 6), r"images/1.png, annotation 2: the box \[nan, 3, 8, 6\] is not finite; "),
+    (set_box(2, float("inf"), 8, 6), r"images/1.png, annotation 2: the box \[2, inf, 8, 6\] is not finite; "),
+    (set_box(21, 3, 8, 6), r"images/1.png, annotation 2: .* lies outside the image of 20 x 30; "),
+    (set_box(2, -7, 8, 6), r"images/1.png, annotation 2: .* lies outside the image of 20 x 30; "),
 ])
 def test_unusable_annotations(tmp_path, edit, sentence):
     row = write_coco(tmp_path, edit=edit)
@@ -110,12 +110,15 @@ def test_missing_image_files(tmp_path):
         check_datasets(registered(row))
 
 
-def test_annotation_file_that_goes_bad_after_registration(tmp_path):
+def test_annotation_file_that_changes_after_it_was_read(tmp_path):
+    """What was read is checked and trained on."""
     row = write_coco(tmp_path)
     cfg = registered(row)
-    (tmp_path / "set.json").write_text("{")
-    with pytest.raises(UserError, match=f"DATASETS.TRAIN: data set '{row[0]}': .*set.json is not valid JSON"):
-        check_datasets(cfg)
+    write_coco(tmp_path, edit=set_box(2, 3, 0, 6))
+    check_datasets(cfg)
+    (tmp_path / "set.json").unlink()
+    check_datasets(cfg)
+    assert [len(record["annotations"]) for record in DatasetCatalog.get(row[0])] == [1, 1, 1]
 
 
 def test_built_in_set_that_is_not_there():
@@ -188,9 +191,9 @@ def test_voc_annotation_files(tmp_path, text, sentence):
 
 def test_empty_voc_split_and_missing_folder(tmp_path):
     row = write_voc(tmp_path, objects=())
-    cfg = registered(voc=(row,))
     with pytest.raises(UserError, match="is empty; correct"):
-        check_datasets(cfg)
+        check_datasets(registered(voc=(row,)))
+    cfg = registered(voc=((f"{row[0]}_again", *row[1:]),))
     shutil.rmtree(tmp_path / "ImageSets")
     with pytest.raises(UserError, match="split file .*train.txt is missing"):
         check_datasets(cfg)

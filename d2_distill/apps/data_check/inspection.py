@@ -127,7 +127,8 @@ def _read(cfg, inspection: Inspection, default_class_names: Sequence[str]) -> tu
     if isinstance(files, CocoFiles):
         inspection.source = f"{files.json_file}, images in {files.image_root}"
         inspection.prefixes = (f"{files.json_file}: ", os.path.join(files.image_root, ""))
-        return read_coco(files.json_file, files.image_root, found, evaluated=_TEST in inspection.keys)
+        content = read_coco(files.json_file, files.image_root, found, evaluated=_TEST in inspection.keys)
+        return content.records, content.class_names
     if isinstance(files, VocFiles):
         inspection.source = f"{files.dirname}, split {files.split}"
         inspection.prefixes = (os.path.join(files.dirname, ""),)

@@ -1,0 +1,55 @@
+"""COCO's average precision on the annotations that were checked before the run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+from collections.abc import Iterator
+
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from detectron2.utils import comm
+from pycocotools.coco import COCO
+
+from ..data.loaded import LoadedOnce
+
+
+class CheckedCOCOEvaluator(COCOEvaluator):
+    """Detectron2's ``COCOEvaluator``, but it reads no file again whose ground truth is kept since its check.
+
+    Processes other than the main one only collect detections, so they get no ground truth at all.
+
+    Args:
+        dataset_name: registered with an annotation file of COCO's format.
+        output_dir: see ``COCOEvaluator``.
+    """
+
+    def __init__(self, dataset_name: str, *, output_dir: str | None = None) -> None:
+        entry = DatasetCatalog[dataset_name]
+        truth = entry.truth if isinstance(entry, LoadedOnce) else None
+        if truth is None and comm.is_main_process():
+            super().__init__(dataset_name, output_dir=output_dir)
+        else:
+            with _read_instead_of_file(_coco(truth)):
+                super().__init__(dataset_name, output_dir=output_dir)
+
+
+def _coco(truth: bytes | None) -> COCO:
+    coco = COCO()
+    if truth is not None:
+        coco.dataset = pickle.loads(truth)
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+    return coco
+
+
+@contextlib.contextmanager
+def _read_instead_of_file(coco: COCO) -> Iterator[None]:
+    """Context manager: Detectron2's evaluator, which takes nothing but the path of a file, gets ``coco`` of any."""
+    original = coco_evaluation.COCO
+    coco_evaluation.COCO = lambda path: coco
+    try:
+        yield
+    finally:
+        coco_evaluation.COCO = original
