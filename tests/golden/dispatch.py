@@ -41,7 +41,9 @@ def assert_close(case: Case, key: str, actual: Any, expected: torch.Tensor) -> N
         actual = actual.to(expected.dtype)
     else:
         actual, expected, tolerance = actual.double(), expected.double(), {"rtol": 0.0, "atol": 0.0}
-    torch.testing.assert_close(actual, expected, **tolerance, msg=lambda text: f"{case.name} {key}: {text}")
+    torch.testing.assert_close(
+        actual, expected, **tolerance, equal_nan=True, msg=lambda text: f"{case.name} {key}: {text}"
+    )
 
 
 def assert_recorded_gradient(case: Case, key: str, actual: torch.Tensor) -> None:

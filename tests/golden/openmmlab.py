@@ -18,10 +18,14 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
+from d2_distill import assigners
 from d2_distill.apps.conversion.openmmlab import Tensors, dense_head
+from d2_distill.assigners import match_atss
 from d2_distill.config.keys import get_distill_cfg
 from d2_distill.detectors.anchor_order import to_size_outer
 from d2_distill.detectors.building import build_detector, num_classes_key
+from d2_distill.methods.localization import ValuableRegion
+from d2_distill.regions import valuable_region
 from d2_distill.staged import DenseRun, stage_detector
 
 # OpenMMLab's name of a box loss, and of its mode where it has several -> ours.
@@ -90,14 +94,17 @@ def build_given(
     maps: Sequence[torch.Tensor] = (),
     channels: int = 1,
     groups: int | None = None,
+    test: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build the detector of :func:`given_cfg`.
 
     Args:
         maps: feature maps that its backbone returns; ``channels`` are theirs if there are any.
         groups: of the group norms, where they are not the 32 that NORM "GN" stands for.
+        test: config keys below TEST.
     """
     cfg = given_cfg(architecture, strides, maps[0].shape[1] if maps else channels, settings)
+    set_keys(cfg, test or {}, "TEST.")
     if groups is None:
         model = build_detector(cfg)
     else:
@@ -178,6 +185,42 @@ def given_run(
 def level_sizes(run: DenseRun) -> list[int]:
     """Anchors of each level."""
     return [output.shape[1] for output in run.outputs["logits"]]
+
+
+def atss_matches(run: DenseRun) -> torch.Tensor:
+    """(N, R) index of the box that an anchor is positive for under ATSS, negative for none."""
+    return match_atss(
+        Boxes.cat(run.anchors).tensor,
+        level_sizes(run),
+        run.truth.boxes,
+        run.truth.valid,
+        run.valid_anchors,
+        topk=run.staged.atss_topk,
+    ).matches
+
+
+def atss_thresholds(run: DenseRun) -> torch.Tensor:
+    """(N, G) IoU from which on a candidate is positive."""
+    return assigners.atss_thresholds(
+        Boxes.cat(run.anchors).tensor,
+        level_sizes(run),
+        run.truth.boxes,
+        run.valid_anchors,
+        topk=run.staged.atss_topk,
+    )
+
+
+def valuable_values(run: DenseRun, region: ValuableRegion, thresholds: torch.Tensor) -> torch.Tensor:
+    """(N, R) values of LD's valuable region under given thresholds (N, G)."""
+    return valuable_region(
+        Boxes.cat(run.anchors).tensor,
+        run.truth.boxes,
+        run.truth.valid,
+        thresholds,
+        run.valid_anchors,
+        region.gamma,
+        region.overlap,
+    )
 
 
 def instances_of(size: Sequence[int], boxes: torch.Tensor, classes: torch.Tensor) -> Instances:
