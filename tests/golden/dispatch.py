@@ -36,7 +36,9 @@ def assert_recorded_sum(case: Case, key: str, actual: Any) -> None:
 def assert_close(case: Case, key: str, actual: Any, expected: torch.Tensor) -> None:
     """``actual`` equals ``expected`` within the case's tolerance, exactly if that holds integers or booleans."""
     tolerance = {name: float(case.data["tolerance"][name]) for name in ("rtol", "atol")}
-    actual = torch.as_tensor(actual).detach()
+    if not isinstance(actual, torch.Tensor):
+        actual = torch.as_tensor(actual, dtype=torch.float64)
+    actual = actual.detach()
     if expected.dtype.is_floating_point:
         actual = actual.to(expected.dtype)
     else:

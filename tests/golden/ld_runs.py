@@ -20,7 +20,15 @@ from d2_distill.losses import quality_focal_loss
 from d2_distill.staged import DenseRun
 
 from .cases import Case
-from .openmmlab import BOX_LOSSES, anchor_settings, build_given, given_run, instances_of, point_bounds
+from .openmmlab import (
+    BOX_LOSSES,
+    RETINANET_ANCHORS,
+    anchor_settings,
+    build_given,
+    given_run,
+    instances_of,
+    point_bounds,
+)
 
 # Of the levels 0, 1, .. and the last bin of distributions, where a case does not say otherwise.
 STRIDES = (8, 16, 32, 64, 128)
@@ -44,8 +52,6 @@ _DETECTORS = {
     "ldfcos_loss": ("OpenMMLabFCOS", "FCOS"),
     "ldretina_loss": ("OpenMMLabRetinaNet", "RETINANET"),
 }
-# Of the RetinaNet, whose cases do not tell.
-_RETINANET_ANCHORS = {"base_scale": 4, "scales_per_octave": 3, "ratios": [0.5, 1.0, 2.0]}
 
 
 class RecordedRuns(NamedTuple):
@@ -125,7 +131,7 @@ def detector_settings(case: Case) -> dict[str, Any]:
         own["CENTER_SAMPLING_RADIUS"] = params["center_sample_radius"]
     others = {}
     if family == "RETINANET":
-        others = anchor_settings(strides_of(case), **_RETINANET_ANCHORS)
+        others = anchor_settings(strides_of(case), **RETINANET_ANCHORS)
     if "box_loss" in params:
         loss, weight = _box_loss(params["box_loss"])
         prefix = "BBOX_REG_LOSS_" if family == "RETINANET" else "BOX_LOSS_"

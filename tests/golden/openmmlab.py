@@ -38,6 +38,8 @@ BOX_LOSSES = {
     ("IoULoss", "linear"): "linear_iou",
     "L1Loss": "smooth_l1",  # of deltas
 }
+# Of OpenMMLab's RetinaNet, where a case does not say otherwise.
+RETINANET_ANCHORS = {"base_scale": 4, "scales_per_octave": 3, "ratios": [0.5, 1.0, 2.0]}
 # How OpenMMLab writes that a range of sizes has no lower or no upper bound.
 UNBOUNDED = (-1, 1e8)
 
@@ -76,7 +78,9 @@ def given_cfg(
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.NAME = architecture, "cpu", "GivenMaps"
     cfg.MODEL.GIVEN_MAPS = CfgNode({"CHANNELS": [channels] * len(strides), "STRIDES": list(strides)})
     family = num_classes_key(cfg).split(".")[1]
-    own = {f"{family}.IN_FEATURES": [f"p{level}" for level in range(len(strides))], f"{family}.NUM_CONVS": 0}
+    own: dict[str, Any] = {f"{family}.IN_FEATURES": [f"p{level}" for level in range(len(strides))]}
+    if "NUM_CONVS" in cfg.MODEL[family]:
+        own[f"{family}.NUM_CONVS"] = 0
     set_keys(cfg, {**own, **settings})
     return cfg
 
@@ -141,6 +145,11 @@ def num_sizes_and_ratios(model: nn.Module) -> tuple[int, int]:
     anchors = model.anchor_generator.cell_anchors[0]
     num_sizes = len((anchors[:, 2:] - anchors[:, :2]).prod(dim=1).log2().round(decimals=2).unique())
     return num_sizes, len(anchors) // num_sizes
+
+
+def recorded_anchors(model: nn.Module) -> torch.Tensor:
+    """(A,) the recorded index of each of our anchors of a cell."""
+    return in_our_order(model, torch.arange(model.anchor_generator.num_anchors[0]))
 
 
 def in_our_order(model: nn.Module, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
