@@ -20,7 +20,7 @@ from torch import nn
 
 from d2_distill import assigners
 from d2_distill.apps.conversion.openmmlab import Tensors, dense_head
-from d2_distill.assigners import match_atss
+from d2_distill.assigners import Assignment, match_atss
 from d2_distill.config.keys import get_distill_cfg
 from d2_distill.detectors.anchor_order import to_size_outer
 from d2_distill.detectors.building import build_detector, num_classes_key
@@ -185,10 +185,15 @@ def given_run(
         model.backbone.maps = [x.new_zeros(len(x), channels, *x.shape[-2:]) for x in predictions["logits"]]
     images = ImageList(torch.zeros(len(first), 3, *sides), [tuple(map(int, size)) for size in image_sizes])
     run = staged.run(images, gt_instances, frozen=frozen)
-    run.__dict__["predictions"] = {
+    run.predictions = {
         output: [in_our_order(model, x, dim=1) for x in levels] for output, levels in predictions.items()
-    }  # where the stage keeps what it has computed
+    }
     return run
+
+
+def assignment_of(labels: torch.Tensor, boxes: torch.Tensor, num_classes: int) -> Assignment:
+    """A given assignment: labels (N, R), of which ``num_classes`` is the background, and boxes (N, R, 4)."""
+    return Assignment(labels, boxes, num_classes)
 
 
 def level_sizes(run: DenseRun) -> list[int]:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from d2_distill import losses
-from d2_distill.assigners import Assignment
 from d2_distill.detectors.box_coders import DistributionCoder, TwoSidedBox2BoxTransform
 from d2_distill.losses.channel_statistics import EPS, IMAGES_AND_LOCATIONS, deviation
 from d2_distill.methods import CrossKD
@@ -19,7 +18,7 @@ from d2_distill.methods.schedules import build_schedule
 
 from ..cases import Case
 from ..dispatch import assert_recorded, assert_recorded_gradient
-from ..openmmlab import BOX_LOSSES, build_given
+from ..openmmlab import BOX_LOSSES, assignment_of, build_given
 
 # An element-wise loss of the predictions, and the weights that it is summed with; None for none.
 Weighted = tuple[torch.Tensor, "torch.Tensor | None"]
@@ -70,11 +69,10 @@ def _focal(case: Case, pred: torch.Tensor) -> Weighted:
         "FOCAL_LOSS_GAMMA": options["gamma"],
     }
     model = build_given("ATSS", [8], {f"ATSS.{key}": value for key, value in settings.items()})
-    labels = case.tensor("in.label")
-    rows = [
-        model.class_loss(pred[None, [row]], Assignment(labels[None, [row]], torch.zeros(1, 1, 4), model.num_classes))
-        for row in range(len(pred))
+    assignments = [
+        assignment_of(label.view(1, 1), torch.zeros(1, 1, 4), model.num_classes) for label in case.tensor("in.label")
     ]
+    rows = [model.class_loss(logits.view(1, 1, -1), assignment) for logits, assignment in zip(pred, assignments)]
     return torch.stack(rows), case.tensor("in.weight")
 
 

@@ -52,7 +52,7 @@ def all_positions(run: DenseRun) -> Sequence[torch.Tensor]:
     """
     counts = openmmlab.level_sizes(run)
     ranks = torch.arange(float(sum(counts))).neg().split(counts)
-    run.__dict__["outputs"] = {
+    run.outputs = {
         "logits": [x[None, :, None] for x in ranks],
         "deltas": [x.new_zeros(1, len(x), 4) for x in ranks],
     }

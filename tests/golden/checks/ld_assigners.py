@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from detectron2.structures import Boxes
 from torch import nn
@@ -20,6 +18,7 @@ from ..cases import Case
 from ..dispatch import assert_close, assert_recorded, assert_recorded_gradient
 from ..ld_runs import REG_MAX, STRIDES
 from ..openmmlab import (
+    assignment_of,
     atss_matches,
     atss_thresholds,
     build_given,
@@ -144,8 +143,10 @@ def check_decouple_intended(case: Case) -> None:
     inside = REGIONS["decouple"](*runs)
     assert_recorded(case, "out_mask", inside[0])
     # The method leaves out levels without a positive, which count here.
-    labels = runs[0].assignment.labels.masked_fill(inside, 0)
-    runs[0].__dict__["assignment"] = dataclasses.replace(runs[0].assignment, labels=labels)
+    assignment = runs[0].assignment
+    runs[0].assignment = assignment_of(
+        assignment.labels.masked_fill(inside, 0), assignment.boxes, assignment.num_classes
+    )
     losses = []
     for level in runs[0].features:
         method = _methods(runs[0], {
