@@ -142,7 +142,7 @@ def point_bounds(ranges: Sequence[Sequence[float]]) -> list[float]:
 
 def num_sizes_and_ratios(model: nn.Module) -> tuple[int, int]:
     """Of the anchors of a cell."""
-    anchors = model.anchor_generator.cell_anchors[0]
+    anchors = next(iter(model.anchor_generator.cell_anchors))
     num_sizes = len((anchors[:, 2:] - anchors[:, :2]).prod(dim=1).log2().round(decimals=2).unique())
     return num_sizes, len(anchors) // num_sizes
 

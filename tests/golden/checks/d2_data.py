@@ -203,8 +203,8 @@ def _check_unshuffled(case: Case, key: str, size: str, seed: str) -> None:
 def _check_subset(case: Case, key: str, size: str, ratio: str, seed: str) -> None:
     if not is_left_out(case, "RandomSubsetTrainingSampler", "results", key):
         subset = samplers.RandomSubsetTrainingSampler
-        # The subset itself is drawn from another seed, which was the same.
-        _assert_drawn(case, key, subset(int(size), float(ratio), seed_shuffle=int(seed), seed_subset=int(seed)))
+        # The subset itself was drawn from the next seed.
+        _assert_drawn(case, key, subset(int(size), float(ratio), seed_shuffle=int(seed), seed_subset=int(seed) + 1))
 
 
 def _check_repeat_factor(case: Case, key: str, seed: str) -> None:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from detectron2.data import MetadataCatalog
@@ -98,7 +97,9 @@ def _evaluator(case: Case, key: str, folder: Path) -> Iterator[COCOEvaluator | N
     elif max_dets != "None" and is_left_out(case, "max_dets_per_image", "results", key):
         yield None
     else:
-        with mock.patch.dict(sys.modules, {} if is_fast == "True" else {"faster_coco_eval": None}):
+        with pytest.MonkeyPatch.context() as patch:
+            if is_fast == "False":
+                patch.setitem(sys.modules, "faster_coco_eval", None)
             yield COCOEvaluator(DATASET, output_dir=str(folder))
 
 

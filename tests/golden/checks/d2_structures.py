@@ -10,8 +10,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from detectron2 import structures
 from detectron2.structures import Boxes, BoxMode, ImageList, pairwise_iou, pairwise_point_box_distance
+from detectron2.structures import boxes as box_functions
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, JSONWriter
 
 from ..cases import Case, golden_image, hash_u, parameter_value
@@ -99,10 +99,10 @@ def _check_comparisons(case: Case, a: Boxes, b: Boxes) -> None:
     (matched,) = (key for key in case.data if key.startswith("matched_iou_first"))
     if any([is_left_out(case, "pairwise_ioa", key) for key in ("intersection", "ioa", matched)]):
         return
-    _close(structures.pairwise_intersection(a, b), case.data["intersection"])
-    _close(structures.pairwise_ioa(a, b), case.data["ioa"])
+    _close(box_functions.pairwise_intersection(a, b), case.data["intersection"])
+    _close(box_functions.pairwise_ioa(a, b), case.data["ioa"])
     (count,) = map(int, _numbers(matched))
-    _close(structures.matched_pairwise_iou(a[:count], b[:count]), case.data[matched])
+    _close(box_functions.matched_pairwise_iou(a[:count], b[:count]), case.data[matched])
 
 
 def _check_box_mode(data):

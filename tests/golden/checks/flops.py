@@ -38,6 +38,7 @@ def check_flops(case: Case) -> None:
             assert flops_by_module(model, [{"image": image}])["backbone"] == expected["backbone"]
 
 
+@torch.no_grad()
 def backbone_flops(model: torch.nn.Module, image: torch.Tensor) -> dict[str, int]:
     """Multiply-adds by operator, without those that have none."""
     images = model.preprocess_image([{"image": image}])

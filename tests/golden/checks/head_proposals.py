@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -240,7 +241,7 @@ def check_gather(case: Case) -> None:
     assert_recorded(case, "positions", torch.stack([level, images[order][kept][back], y, x], dim=1))
 
 
-class _Stages(nn.Module):
+class _Stages(Backbone):
     """Recorded maps as the stages of a ResNet, from res2 on."""
 
     def __init__(self, maps: list[torch.Tensor]) -> None:
