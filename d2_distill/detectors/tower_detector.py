@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
@@ -97,6 +98,13 @@ class TowerDetector(DenseDetector):
         self.test_nms_thresh = test_nms_thresh
         self.max_detections_per_image = max_detections_per_image
 
+    def grid(self, features: Sequence[torch.Tensor], images: ImageList) -> AnchorGrid:
+        """Lay anchors over feature maps (N, C, H, W), one a level."""
+        generator = self.anchor_generator
+        image_sizes = images.image_sizes if self.ignores_padding else None
+        anchors = generator(list(features))
+        return AnchorGrid.from_levels(anchors, features, generator.strides, generator.num_anchors[0], image_sizes)
+
     @torch.no_grad()
     def assign(self, grid: AnchorGrid, truth: GroundTruth, outputs: Outputs) -> Assignment:
         """Return the targets of the batch; ``outputs`` are (N, R, K)."""
@@ -149,7 +157,7 @@ class TowerDetector(DenseDetector):
     def forward_inference(
         self, images: ImageList, features: list[torch.Tensor], predictions: list[list[torch.Tensor]]
     ) -> list[Instances]:
-        grid = stage_detector(self).grid(features, images)
+        grid = self.grid(features, images)
         outputs = {name: [grid.flatten(x) for x in maps] for name, maps in zip(self.head.predictors, predictions)}
         return [
             self._inference_single_image(
@@ -209,8 +217,7 @@ class StagedTowerDetector(StagedDense):
         return self.model.head.predict(output, features, level)
 
     def grid(self, features, images) -> AnchorGrid:
-        grid = super().grid(features, images)
-        return replace(grid, image_sizes=tuple(images.image_sizes)) if self.model.ignores_padding else grid
+        return self.model.grid(features, images)
 
     def assign(self, grid, truth, outputs) -> Assignment:
         return self.model.assign(grid, truth, outputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,63 @@ import numpy as np
 import torch
 from torch import nn
 
+from .recording import RecordedArrays, leaves, record
+
 COMMITTED = Path(__file__).parent / "data"
 
 
-@dataclass
-class Case:
-    """One recorded case: its path below the suite's folder (no suffix), its JSON and its arrays."""
+# Keys at the top of a case's JSON that are no parameters.
+NOT_PARAMETERS = {
+    "case": "the case's own name",
+    "name": "the case's own name",
+    "reference": "whose code was run",
+    "seed": "of the inputs, which are stored",
+    "informative": "the reference's number is a quirk; it is compared all the same",
+    "arrays": "shapes and types of the arrays, which carry them",
+    "inputs": "the same of the inputs alone",
+    "outputs": "the same of the outputs alone",
+}
+# Keys at the top that are no parameters where they hold text.
+REMARKS = ("description", "meaning", "note", "notes", "what")
 
-    name: str
-    data: dict[str, Any]
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+class Case:
+    """One recorded case, which notes what is read of it.
+
+    Attributes:
+        name: path below the suite's folder, without suffix.
+        data: the JSON.
+        arrays: the arrays of the npz by name.
+        scratch: an empty folder for files that a check writes.
+    """
+
+    def __init__(
+        self, name: str, data: dict[str, Any], arrays: Mapping[str, np.ndarray], scratch: Path | None = None
+    ) -> None:
+        self.name, self.scratch = name, scratch
+        self._json, self._read_data, self._read_arrays = data, set(), set()
+        self.data = record(data, self._read_data)
+        self.arrays = RecordedArrays(arrays, self._read_arrays)
 
     def tensor(self, key: str) -> torch.Tensor:
         return torch.from_numpy(np.array(self.arrays[key]))
+
+    def skip(self, *path: str | int) -> None:
+        """Count everything below a path of the JSON as read; call it only with a reason beside the call."""
+        value = self._json
+        for key in path:
+            value = value[key]
+        self._read_data.update(leaves(value, path))
+
+    def unread(self) -> list[str]:
+        """Parameters and arrays that nothing has read so far."""
+        paths = [path for path in leaves(self._json) if path not in self._read_data and not self._is_remark(path)]
+        arrays = [key for key in self.arrays if (key,) not in self._read_arrays]
+        return [".".join(map(str, path)) for path in paths] + [f"array {key}" for key in arrays]
+
+    def _is_remark(self, path: tuple[str | int, ...]) -> bool:
+        top = path[0] if path else None
+        return top in NOT_PARAMETERS or (top in REMARKS and isinstance(self._json[top], str))
 
 
 def suite_root(suite: str) -> Path:
@@ -39,13 +83,14 @@ def case_names(suite: str) -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.json"))
 
 
-def load(suite: str, name: str) -> Case:
+def load(suite: str, name: str, scratch: Path | None = None) -> Case:
+    """Load the case of a suite."""
     path = suite_root(suite) / f"{name}.json"
     arrays: dict[str, np.ndarray] = {}
     if path.with_suffix(".npz").exists():
         with np.load(path.with_suffix(".npz")) as npz:
             arrays = {key: npz[key] for key in npz.files}
-    return Case(name=name, data=json.loads(path.read_text()), arrays=arrays)
+    return Case(name, json.loads(path.read_text()), arrays, scratch)
 
 
 def hash_u(name: str, n: int, salt: int = 0) -> np.ndarray:

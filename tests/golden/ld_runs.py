@@ -1,49 +1,38 @@
 """Runs of our detectors on what the localisation distillation suite recorded: maps, outputs and ground truth.
 
-The detectors are built from configs, as a user's are; only their backbone and what their heads return are
-replaced by the recordings.
+What the heads return is recorded, and the feature maps where features are imitated.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
-from detectron2.modeling.backbone import Backbone
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Instances
 from torch import nn
 
-from d2_distill.config.keys import get_distill_cfg
 from d2_distill.detectors import GFLv2
-from d2_distill.detectors.anchor_order import to_size_outer
-from d2_distill.detectors.building import build_detector, num_classes_key
-from d2_distill.staged import DenseRun, stage_detector
+from d2_distill.detectors.criteria import FocalCenterness
+from d2_distill.losses import quality_focal_loss
+from d2_distill.staged import DenseRun
 
 from .cases import Case
+from .openmmlab import (
+    BOX_LOSSES,
+    RETINANET_ANCHORS,
+    anchor_settings,
+    build_given,
+    given_run,
+    instances_of,
+    point_bounds,
+)
 
+# Of the levels 0, 1, .. and the last bin of distributions, where a case does not say otherwise.
 STRIDES = (8, 16, 32, 64, 128)
-CHANNELS = 256
-NUM_SIZES = NUM_RATIOS = 3
-
-
-@BACKBONE_REGISTRY.register()
-class RecordedPyramid(Backbone):
-    """Returns ``maps``, one a level, for whatever images."""
-
-    def __init__(self, cfg, input_shape) -> None:
-        super().__init__()
-        self.maps: list[torch.Tensor] = []
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return dict(zip(self.output_shape(), self.maps))
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        return {
-            f"p{level}": ShapeSpec(channels=CHANNELS, stride=stride)
-            for level, stride in enumerate(STRIDES, start=3)
-        }
+REG_MAX = 16
 
 
 @META_ARCH_REGISTRY.register()
@@ -54,100 +43,126 @@ class RecordedGFLv2(GFLv2):
         return outputs["scores"]
 
 
-# Kind of case -> meta-architecture and overrides below MODEL.
-_DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ld_loss": ("GFL", {}),
-    "ldv2_loss": ("RecordedGFLv2", {}),
-    "ldatss_loss": ("ATSS", {"ATSS.REG_MAX": 16}),
-    "ldfcos_loss": ("OpenMMLabFCOS", {"FCOS.REG_MAX": 16}),
-    "ldretina_loss": (
-        "OpenMMLabRetinaNet",
-        {
-            "RETINANET.REG_MAX": 16,
-            "RETINANET.BBOX_REG_LOSS_TYPE": "giou",
-            "RETINANET.BBOX_REG_LOSS_WEIGHT": 2.0,
-            "ANCHOR_GENERATOR.SIZES": [
-                [4 * stride * 2 ** (octave / NUM_SIZES) for octave in range(NUM_SIZES)] for stride in STRIDES
-            ],
-            "ANCHOR_GENERATOR.ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
-            "ANCHOR_GENERATOR.OFFSET": 0.0,
-        },
-    ),
+# Start of a case's name -> meta-architecture and its node below MODEL; the longest that fits.
+_DETECTORS = {
+    "gfl_loss": ("GFL", "GFL"),
+    "ld_loss": ("GFL", "GFL"),
+    "ldv2_loss": ("RecordedGFLv2", "GFL"),
+    "ldatss_loss": ("ATSS", "ATSS"),
+    "ldfcos_loss": ("OpenMMLabFCOS", "FCOS"),
+    "ldretina_loss": ("OpenMMLabRetinaNet", "RETINANET"),
 }
 
 
 class RecordedRuns(NamedTuple):
     """
     Attributes:
-        student, teacher: runs whose features and predictions are the recorded ones.
+        student, teacher: runs whose features and predictions are the recorded ones; no teacher in plain cases.
         leaves: recorded name of each input of the student without its "in_", e.g. "s_reg0" -> the float32
             tensor that requires the gradient recorded as "out_grad_s_reg0".
     """
 
     student: DenseRun
-    teacher: DenseRun
+    teacher: DenseRun | None
     leaves: dict[str, torch.Tensor]
 
 
+def maps_of(case: Case, key: str, requires_grad: bool = False) -> list[torch.Tensor]:
+    """Recorded maps ``<key><level>`` of all levels, in float32."""
+    names = [f"{key}{level}" for level in range(len(strides_of(case))) if f"{key}{level}" in case.arrays]
+    return [case.tensor(name).float().requires_grad_(requires_grad) for name in names]
+
+
+def strides_of(case: Case) -> Sequence[int]:
+    params = case.data["params"]
+    return list(params["strides"]) if "strides" in params else STRIDES
+
+
 def recorded_runs(case: Case) -> RecordedRuns:
-    """Runs of a case of kind ld_loss, ldv2_loss, ldatss_loss, ldfcos_loss or ldretina_loss.
+    """Runs of a case of training losses.
 
     Where no feature maps are recorded they are zeros. The student of ldv2_loss has its joint scores as an
     output "scores"; in the teacher these are its logits, which the published code compares with joint scores.
     """
-    kind = next(kind for kind in _DETECTORS if case.name.startswith(kind))
     leaves = {
         name[len("in_"):]: case.tensor(name).float().requires_grad_()
         for name in case.arrays
         if name.startswith("in_s_")
     }
-    constants = {
-        name[len("in_"):]: case.tensor(name).float() for name in case.arrays if name.startswith("in_t_")
-    }
-    return RecordedRuns(_run(case, kind, "s", leaves), _run(case, kind, "t", constants), leaves)
+    constants = {name[len("in_"):]: case.tensor(name).float() for name in case.arrays if name.startswith("in_t_")}
+    settings = detector_settings(case)
+    student = _run(case, settings, "s", leaves)
+    _check_fixed(case, student.staged.model)
+    return RecordedRuns(student, _run(case, settings, "t", constants) if constants else None, leaves)
 
 
-def _run(case: Case, kind: str, role: str, inputs: dict[str, torch.Tensor]) -> DenseRun:
+def _run(case: Case, settings: dict[str, Any], role: str, inputs: dict[str, torch.Tensor]) -> DenseRun:
     """The run of the student ("s") or the frozen one of the teacher ("t")."""
+    strides = strides_of(case)
     maps = {
-        what: [inputs[f"{role}_{what}{level}"] for level in range(len(STRIDES))]
+        what: [inputs[f"{role}_{what}{level}"] for level in range(len(strides))]
         for what in ("cls", "reg", "ctr", "feat", "x")
         if f"{role}_{what}0" in inputs
     }
     predictions = {"logits": maps["cls"], "deltas": maps["reg"]}
     if "ctr" in maps:
         predictions["centerness"] = maps["ctr"]
-    if kind == "ldv2_loss":
+    architecture = _detector(case)[0]
+    if architecture == "RecordedGFLv2":
         predictions.update({"logits": maps.get("feat", maps["cls"]), "scores": maps["cls"]})
-    if kind == "ldretina_loss":
-        predictions = {
-            output: [to_size_outer(x, NUM_SIZES, NUM_RATIOS, dim=1) for x in levels]
-            for output, levels in predictions.items()
-        }
-    detector = case_detector(kind, case.data["params"]["num_classes"])
-    zeros = [x.new_zeros(len(x), CHANNELS, *x.shape[2:]) for x in maps["cls"]]
-    detector.backbone.maps = maps.get("x", zeros)
-
-    num_images, _, height, width = maps["cls"][0].shape
-    images = ImageList(
-        torch.zeros(num_images, 3, height * STRIDES[0], width * STRIDES[0]), image_sizes(case)
-    )
-    run = stage_detector(detector).run(images, gt_instances(case), frozen=role == "t")
-    run.__dict__["predictions"] = predictions  # where the stage keeps what it has computed
-    return run
+    model = build_given(architecture, strides, settings, maps=maps.get("x", ()))
+    return given_run(model, predictions, image_sizes(case), gt_instances(case), frozen=role == "t")
 
 
-def case_detector(kind: str, num_classes: int) -> nn.Module:
-    """The detector of a kind of case over a RecordedPyramid; its head has no tower."""
-    name, overrides = _DETECTORS[kind]
-    cfg = get_distill_cfg()
-    cfg.MODEL.META_ARCHITECTURE = name
-    cfg.MODEL.BACKBONE.NAME = "RecordedPyramid"
-    cfg.MODEL.DEVICE = "cpu"
-    classes_key = num_classes_key(cfg)
-    cfg.merge_from_list([classes_key, num_classes, classes_key.replace("NUM_CLASSES", "NUM_CONVS"), 0])
-    cfg.merge_from_list([item for key, value in overrides.items() for item in (f"MODEL.{key}", value)])
-    return build_detector(cfg)
+def _detector(case: Case) -> tuple[str, str]:
+    return _DETECTORS[max((start for start in _DETECTORS if case.name.startswith(start)), key=len)]
+
+
+def detector_settings(case: Case) -> dict[str, Any]:
+    """Keys below MODEL, from the case's parameters."""
+    params, (architecture, family) = case.data["params"], _detector(case)
+    own: dict[str, Any] = {"NUM_CLASSES": params["num_classes"], "REG_MAX": params.get("reg_max", REG_MAX)}
+    if "dfl_weight" in params:
+        own["DFL_WEIGHT"] = params["dfl_weight"]
+    if "focal" in params:
+        own.update(FOCAL_LOSS_ALPHA=params["focal"]["alpha"], FOCAL_LOSS_GAMMA=float(params["focal"]["gamma"]))
+    if "regress_ranges" in params:
+        own["SIZES_OF_INTEREST"] = point_bounds(params["regress_ranges"])
+        own["CENTER_SAMPLING_RADIUS"] = params["center_sample_radius"]
+    others = {}
+    if family == "RETINANET":
+        others = anchor_settings(strides_of(case), **RETINANET_ANCHORS)
+    if "box_loss" in params:
+        loss, weight = _box_loss(params["box_loss"])
+        prefix = "BBOX_REG_LOSS_" if family == "RETINANET" else "BOX_LOSS_"
+        own["BBOX_REG_LOSS_TYPE" if family == "RETINANET" else "BOX_LOSS"] = loss
+        if weight is not None:
+            own[f"{prefix}WEIGHT"] = weight
+    return {**others, **{f"{family}.{key}": value for key, value in own.items()}}
+
+
+def _box_loss(text: str) -> tuple[str, float | None]:
+    """Our name and the weight, if any, of "GIoULoss", "GIoU w2", "GIoU w1, weighted by centerness target"."""
+    name, weight = re.fullmatch(r"(\w+?)(?:Loss)?(?: w([\d.]+))?(?:, .*)?", text).groups()
+    return BOX_LOSSES[f"{name}Loss"], None if weight is None else float(weight)
+
+
+def _check_fixed(case: Case, model: nn.Module) -> None:
+    """What the parameters say of things that our detectors do not let one choose."""
+    params = case.data["params"]
+    if "box_loss" in params:
+        _, _, remark = params["box_loss"].partition(", ")
+        assert remark in ("", "weighted by centerness target")
+        assert bool(remark) == isinstance(model.criterion, FocalCenterness)
+    if "class_channels" in params:
+        assert model.head.cls_score.out_channels == params["class_channels"]
+    if "qfl_use_sigmoid" in params:
+        scores = torch.full((1, 1, 1), 0.25)
+        expected = quality_focal_loss(scores, scores * 0, from_logits=params["qfl_use_sigmoid"])
+        on_logits = quality_focal_loss(scores, scores * 0, from_logits=model.criterion.on_logits)
+        assert torch.equal(on_logits, expected)
+    if "patched" in params:  # as there, an image without ground truth has no valuable region
+        assert params["patched"] and not all(len(instances) for instances in gt_instances(case))
 
 
 def image_sizes(case: Case) -> list[tuple[int, int]]:
@@ -155,16 +170,13 @@ def image_sizes(case: Case) -> list[tuple[int, int]]:
     if "in_pad_shapes" in case.arrays:
         return [tuple(size) for size in case.arrays["in_pad_shapes"].tolist()]
     num_images, _, height, width = case.arrays["in_s_cls0"].shape
-    return [(height * STRIDES[0], width * STRIDES[0])] * num_images
+    stride = strides_of(case)[0]
+    return [(height * stride, width * stride)] * num_images
 
 
 def gt_instances(case: Case) -> list[Instances]:
     """The recorded ground truth, an entry an image."""
     return [
-        Instances(
-            size,
-            gt_boxes=Boxes(case.tensor(f"in_gt_bboxes{index}")),
-            gt_classes=case.tensor(f"in_gt_labels{index}"),
-        )
+        instances_of(size, case.tensor(f"in_gt_bboxes{index}"), case.tensor(f"in_gt_labels{index}"))
         for index, size in enumerate(image_sizes(case))
     ]

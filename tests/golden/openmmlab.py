@@ -1,209 +1,253 @@
-"""Builds our detectors from recorded OpenMMLab heads: weights, feature maps and ground truth of one case."""
+"""Our detectors over recorded feature maps, with recorded OpenMMLab heads, predictions and ground truth.
+
+Detectors are built from configs, as a user's are; only their backbone is replaced. What is particular to the order
+of OpenMMLab's anchors and to the names of its layers is here, and so is whatever reaches into the stages of a run.
+"""
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Callable
+from collections.abc import Mapping, Sequence
+from typing import Any
+from unittest import mock
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from d2_distill import losses
+from d2_distill import assigners
 from d2_distill.apps.conversion.openmmlab import Tensors, dense_head
-from d2_distill.assigners import ATSSAssigner, MaxIoUAssigner, PointAssigner
-from d2_distill.detectors import ATSS, GFL, GFLv2, OpenMMLabFCOS, OpenMMLabRetinaNet, TowerDetector
+from d2_distill.assigners import Assignment, match_atss
+from d2_distill.config.keys import get_distill_cfg
 from d2_distill.detectors.anchor_order import to_size_outer
-from d2_distill.detectors.box_coders import DeltaCoder, DistanceCoder, DistributionCoder
-from d2_distill.detectors.head import QualityHead, TowerHead
-from d2_distill.detectors.tower_detector import square_anchors
+from d2_distill.detectors.building import build_detector, num_classes_key
+from d2_distill.methods.localization import ValuableRegion
+from d2_distill.regions import valuable_region
+from d2_distill.staged import DenseRun, stage_detector
 
-from .cases import Case
-
-NUM_SIZES = NUM_RATIOS = 3
-
+# OpenMMLab's name of a box loss, and of its mode where it has several -> ours.
 BOX_LOSSES = {
-    "GIoULoss": losses.giou_loss,
-    "CIoULoss": losses.ciou_loss,
-    "IoULoss": losses.log_iou_loss,
-    "L1Loss": None,
+    "GIoULoss": "giou",
+    "CIoULoss": "ciou",
+    "DIoULoss": "diou",
+    "IoULoss": "iou",
+    ("IoULoss", "log"): "iou",
+    ("IoULoss", "linear"): "linear_iou",
+    "L1Loss": "smooth_l1",  # of deltas
 }
+# Of OpenMMLab's RetinaNet, where a case does not say otherwise.
+RETINANET_ANCHORS = {"base_scale": 4, "scales_per_octave": 3, "ratios": [0.5, 1.0, 2.0]}
+# How OpenMMLab writes that a range of sizes has no lower or no upper bound.
+UNBOUNDED = (-1, 1e8)
 
 
+@BACKBONE_REGISTRY.register()
 class GivenMaps(Backbone):
-    """Returns the recorded feature maps for whatever images; the recording did the same."""
+    """Returns ``maps``, one a level, for whatever images; ``MODEL.GIVEN_MAPS`` tells their channels and strides."""
 
-    def __init__(self, maps: list[torch.Tensor], strides: list[int]) -> None:
+    size_divisibility = 32  # what OpenMMLab's configs pad images to
+
+    def __init__(self, cfg: CfgNode, input_shape: ShapeSpec | None) -> None:
         super().__init__()
-        self.maps, self.strides = maps, strides
+        node = cfg.MODEL.GIVEN_MAPS
+        self._shapes = {
+            f"p{level}": ShapeSpec(channels=channels, stride=stride)
+            for level, (channels, stride) in enumerate(zip(node.CHANNELS, node.STRIDES))
+        }
+        self.maps: list[torch.Tensor] = []
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {f"p{level}": tensor for level, tensor in enumerate(self.maps)}
+        return dict(zip(self._shapes, self.maps))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        return {
-            f"p{level}": ShapeSpec(channels=tensor.shape[1], stride=stride)
-            for level, (tensor, stride) in enumerate(zip(self.maps, self.strides))
-        }
+        return self._shapes
 
 
-def retinanet_anchors(shapes: list[ShapeSpec]) -> DefaultAnchorGenerator:
-    strides = [shape.stride for shape in shapes]
-    return DefaultAnchorGenerator(
-        sizes=[[4 * stride * 2 ** (octave / NUM_SIZES) for octave in range(NUM_SIZES)] for stride in strides],
-        aspect_ratios=[[0.5, 1.0, 2.0]],
-        strides=strides,
-        offset=0.0,
-    )
-
-
-_ATSS_ANCHORS = functools.partial(square_anchors, scale=8, offset=0.0)
-_FOCAL = {"focal_loss_alpha": 0.25, "focal_loss_gamma": 2.0}
-_GFL = {
-    "assigner": ATSSAssigner(topk=9),
-    "box_coder": DistributionCoder(reg_max=16),
-    "box_loss": losses.giou_loss,
-    "box_loss_weight": 2.0,
-    "quality_beta": 2.0,
-    "dfl_weight": 0.25,
-    "normalizer_floor": 1e-6,
-}
-# Detector -> what makes its anchors, its arguments, and its head's; as in the references' configs.
-# FCOS has no assigner: every case has its own ranges of sizes.
-_PUBLISHED: dict[type[TowerDetector], tuple] = {
-    GFL: (_ATSS_ANCHORS, _GFL, {}),
-    GFLv2: (_ATSS_ANCHORS, _GFL, {"quality_topk": 4, "quality_channels": 64}),
-    ATSS: (
-        _ATSS_ANCHORS,
-        {
-            "assigner": ATSSAssigner(topk=9),
-            "box_coder": DeltaCoder((10.0, 10.0, 5.0, 5.0)),
-            "box_loss": losses.giou_loss,
-            "box_loss_weight": 2.0,
-            "normalizer_floor": 1.0,
-            **_FOCAL,
-        },
-        {"centerness_on": "box"},
-    ),
-    OpenMMLabFCOS: (
-        functools.partial(square_anchors, scale=1.0, offset=0.5),
-        {
-            "box_coder": DistanceCoder("exp"),
-            "box_loss": losses.log_iou_loss,
-            "box_loss_weight": 1.0,
-            "normalizer_floor": 1e-6,
-            **_FOCAL,
-        },
-        {"centerness_on": "cls"},
-    ),
-    OpenMMLabRetinaNet: (
-        retinanet_anchors,
-        {
-            "assigner": MaxIoUAssigner(thresholds=(0.4, 0.5), labels=(0, -1, 1)),
-            "box_coder": DeltaCoder((1.0, 1.0, 1.0, 1.0)),
-            "box_loss": None,
-            "box_loss_weight": 1.0,
-            **_FOCAL,
-        },
-        {"tower_bias": True, "use_scale": False},
-    ),
-}
-
-
-def build_detector(
-    model_class: type[TowerDetector],
-    maps: list[torch.Tensor],
-    strides: list[int],
-    num_classes: int,
-    *,
-    num_convs: int = 0,
-    norm: Callable[[int], nn.Module] = "",
-    head: dict[str, Any] | None = None,
-    **overrides: Any,
-) -> TowerDetector:
-    """A detector over the given maps, in its published form.
+def given_cfg(
+    architecture: str, strides: Sequence[int], channels: int, settings: Mapping[str, Any]
+) -> CfgNode:
+    """Config of a detector over GivenMaps whose towers, unless the settings give it some, have no blocks.
 
     Args:
-        maps: what the head reads; for cases without towers, any maps of the right sizes.
-        head: arguments of the head that differ from the published form.
-        overrides: constructor arguments of the detector that do.
+        settings: config keys below MODEL.
     """
-    backbone = GivenMaps(maps, strides)
-    shapes = list(backbone.output_shape().values())
-    make_anchors, published, head_published = _PUBLISHED[model_class]
-    arguments = {
-        "anchor_generator": make_anchors(shapes),
-        "test_score_thresh": 0.05,
-        "test_topk_candidates": 1000,
-        "test_nms_thresh": 0.6,
-        "max_detections_per_image": 100,
-        **published,
-        **overrides,
-    }
-    common = {
-        "input_shape": shapes,
-        "num_anchors": arguments["anchor_generator"].num_anchors[0],
-        "conv_dims": [shapes[0].channels] * num_convs,
-        "norm": norm,
-        **head_published,
-        **(head or {}),
-    }
-    coder = arguments["box_coder"]
-    if model_class is GFLv2:
-        built = QualityHead(num_scores=num_classes + 1, reg_max=coder.reg_max, **common)
+    cfg = get_distill_cfg()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.NAME = architecture, "cpu", "GivenMaps"
+    cfg.MODEL.GIVEN_MAPS = CfgNode({"CHANNELS": [channels] * len(strides), "STRIDES": list(strides)})
+    family = num_classes_key(cfg).split(".")[1]
+    own: dict[str, Any] = {f"{family}.IN_FEATURES": [f"p{level}" for level in range(len(strides))]}
+    if "NUM_CONVS" in cfg.MODEL[family]:
+        own[f"{family}.NUM_CONVS"] = 0
+    set_keys(cfg, {**own, **settings})
+    return cfg
+
+
+def set_keys(cfg: CfgNode, settings: Mapping[str, Any], prefix: str = "MODEL.") -> None:
+    """Set keys, whose names are given without a common prefix."""
+    cfg.merge_from_list([item for key, value in settings.items() for item in (prefix + key, value)])
+
+
+def build_given(
+    architecture: str,
+    strides: Sequence[int],
+    settings: Mapping[str, Any],
+    *,
+    maps: Sequence[torch.Tensor] = (),
+    channels: int = 1,
+    groups: int | None = None,
+    test: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build the detector of :func:`given_cfg`.
+
+    Args:
+        maps: feature maps that its backbone returns; ``channels`` are theirs if there are any.
+        groups: of the group norms, where they are not the 32 that NORM "GN" stands for.
+        test: config keys below TEST.
+    """
+    cfg = given_cfg(architecture, strides, maps[0].shape[1] if maps else channels, settings)
+    set_keys(cfg, test or {}, "TEST.")
+    if groups is None:
+        model = build_detector(cfg)
     else:
-        built = TowerHead(num_scores=num_classes, box_dim=coder.box_dim, **common)
-    return model_class(
-        backbone=backbone,
-        head=built,
-        head_in_features=list(backbone.output_shape()),
-        num_classes=num_classes,
-        pixel_mean=[0.0, 0.0, 0.0],
-        pixel_std=[1.0, 1.0, 1.0],
-        **arguments,
-    )
+        with mock.patch("torch.nn.GroupNorm", lambda _, dim: _group_norm(groups, dim)):
+            model = build_detector(cfg)
+    model.backbone.maps = list(maps)
+    return model
 
 
-def build_recorded(case: Case, role: str, requires_grad: bool = False):
-    """The student or teacher of a CrossKD case with its weights, and its feature maps."""
-    data, config = case.data, case.data["head_config"]
-    maps = maps_of(case, f"{role}_feat", requires_grad=requires_grad)
-    overrides: dict[str, Any] = {
-        "box_loss": BOX_LOSSES[config["loss_bbox"]["type"]],
-        "box_loss_weight": config["loss_bbox"]["loss_weight"],
+_group_norm = nn.GroupNorm
+
+
+def anchor_settings(
+    strides: Sequence[int], base_scale: float, scales_per_octave: int, ratios: Sequence[float], offset: float = 0.0
+) -> dict[str, Any]:
+    """Detectron2's keys for OpenMMLab's AnchorGenerator."""
+    scales = [base_scale * 2 ** (octave / scales_per_octave) for octave in range(scales_per_octave)]
+    return {
+        "ANCHOR_GENERATOR.SIZES": [[stride * scale for scale in scales] for stride in strides],
+        "ANCHOR_GENERATOR.ASPECT_RATIOS": [list(ratios)],
+        "ANCHOR_GENERATOR.OFFSET": offset,
     }
-    head: dict[str, Any] = {}
-    if data["detector"] == "gfl":
-        overrides["normalizer_floor"] = 1.0
-    if data["detector"] == "fcos":
-        bounds = tuple(float(end) for _, end in config["regress_ranges"][:-1])
-        overrides["assigner"] = PointAssigner(bounds, 1.5 if config.get("center_sampling") else 0.0)
-        if config.get("norm_on_bbox"):
-            overrides["box_coder"] = DistanceCoder("relu")
-        if config.get("centerness_on_reg"):
-            head["centerness_on"] = "box"
-    model = build_detector(
-        {"gfl": GFL, "atss": ATSS, "fcos": OpenMMLabFCOS, "retinanet": OpenMMLabRetinaNet}[data["detector"]],
-        maps,
-        data["strides"],
-        data["num_classes"],
-        num_convs=data["stacked_convs"],
-        norm=functools.partial(nn.GroupNorm, data["gn_groups"]) if data["gn_groups"] else "",
-        head=head,
-        **overrides,
+
+
+def point_bounds(ranges: Sequence[Sequence[float]]) -> list[float]:
+    """SIZES_OF_INTEREST for OpenMMLab's or MSAD's ranges of sizes, one a level."""
+    starts, ends = zip(*ranges)
+    assert (starts[0], ends[-1]) == UNBOUNDED and starts[1:] == ends[:-1], f"ranges {ranges} leave gaps"
+    return [float(end) for end in ends[:-1]]
+
+
+def num_sizes_and_ratios(model: nn.Module) -> tuple[int, int]:
+    """Of the anchors of a cell."""
+    anchors = next(iter(model.anchor_generator.cell_anchors))
+    num_sizes = len((anchors[:, 2:] - anchors[:, :2]).prod(dim=1).log2().round(decimals=2).unique())
+    return num_sizes, len(anchors) // num_sizes
+
+
+def recorded_anchors(model: nn.Module) -> torch.Tensor:
+    """(A,) the recorded index of each of our anchors of a cell."""
+    return in_our_order(model, torch.arange(model.anchor_generator.num_anchors[0]))
+
+
+def in_our_order(model: nn.Module, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """Blocks of a cell's anchors, in the recorded order, in Detectron2's."""
+    return to_size_outer(tensor, *num_sizes_and_ratios(model), dim=dim)
+
+
+def labels_in_our_order(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """Recorded labels (N, R_l) of a level in the order of our anchors."""
+    cells = labels.unflatten(1, (-1, model.anchor_generator.num_anchors[0]))
+    return in_our_order(model, cells, dim=2).flatten(1)
+
+
+def given_run(
+    model: nn.Module,
+    predictions: Mapping[str, Sequence[torch.Tensor]],
+    image_sizes: Sequence[Sequence[int]],
+    gt_instances: list[Instances] | None = None,
+    *,
+    frozen: bool = False,
+) -> DenseRun:
+    """A run whose predictions are given instead of computed.
+
+    Args:
+        predictions: output name -> recorded maps (N, A*K, H, W), a level each, in the recorded order of anchors.
+        image_sizes: (height, width) of each image.
+    """
+    staged = stage_detector(model)
+    first = predictions["logits"][0]
+    sides = [side * staged.strides[0] for side in first.shape[-2:]]
+    if not model.backbone.maps:
+        channels = next(iter(model.backbone.output_shape().values())).channels
+        model.backbone.maps = [x.new_zeros(len(x), channels, *x.shape[-2:]) for x in predictions["logits"]]
+    images = ImageList(torch.zeros(len(first), 3, *sides), [tuple(map(int, size)) for size in image_sizes])
+    run = staged.run(images, gt_instances, frozen=frozen)
+    run.predictions = {
+        output: [in_our_order(model, x, dim=1) for x in levels] for output, levels in predictions.items()
+    }
+    return run
+
+
+def assignment_of(labels: torch.Tensor, boxes: torch.Tensor, num_classes: int) -> Assignment:
+    """A given assignment: labels (N, R), of which ``num_classes`` is the background, and boxes (N, R, 4)."""
+    return Assignment(labels, boxes, num_classes)
+
+
+def level_sizes(run: DenseRun) -> list[int]:
+    """Anchors of each level."""
+    return run.grid.level_sizes
+
+
+def atss_matches(run: DenseRun) -> torch.Tensor:
+    """(N, R) index of the box that an anchor is positive for under ATSS, negative for none."""
+    return match_atss(
+        run.grid.boxes,
+        level_sizes(run),
+        run.truth.boxes,
+        run.truth.valid,
+        run.grid.valid,
+        topk=run.staged.model.assigner.topk,
+    ).matches
+
+
+def atss_thresholds(run: DenseRun) -> torch.Tensor:
+    """(N, G) IoU from which on a candidate is positive."""
+    return assigners.atss_thresholds(
+        run.grid.boxes,
+        level_sizes(run),
+        run.truth.boxes,
+        run.grid.valid,
+        topk=run.staged.model.assigner.topk,
     )
-    prefix = f"{role}."
-    load_head(model, {key[len(prefix) :]: case.tensor(key) for key in case.arrays if key.startswith(prefix)})
-    return model, maps
+
+
+def valuable_values(run: DenseRun, region: ValuableRegion, thresholds: torch.Tensor) -> torch.Tensor:
+    """(N, R) values of LD's valuable region under given thresholds (N, G)."""
+    return valuable_region(
+        run.grid.boxes,
+        run.truth.boxes,
+        run.truth.valid,
+        thresholds,
+        run.grid.valid,
+        region.gamma,
+        region.overlap,
+    )
+
+
+def instances_of(size: Sequence[int], boxes: torch.Tensor, classes: torch.Tensor) -> Instances:
+    """Ground truth of an image."""
+    instances = Instances(tuple(int(side) for side in size))
+    instances.gt_boxes, instances.gt_classes = Boxes(boxes), classes
+    return instances
 
 
 _LAYERS = {"cls": "cls_score", "reg": "bbox_pred", "centerness": "ctrness"}
 
 
-def parameter_name(model: TowerDetector, recorded: str) -> str:
+def parameter_name(model: nn.Module, recorded: str) -> str:
     """State-dict name of a recorded parameter: ``cls_convs.1.gn.bias`` is ``head.cls_subnet.4.bias``."""
     module, *rest = recorded.split(".")
     if module in ("cls_convs", "reg_convs"):
@@ -216,60 +260,10 @@ def parameter_name(model: TowerDetector, recorded: str) -> str:
     return f"head.{_LAYERS[module.split('_')[1]]}.{rest[0]}"
 
 
-def load_head(model: TowerDetector, recorded: dict[str, torch.Tensor]) -> None:
+def load_head(model: nn.Module, recorded: Mapping[str, torch.Tensor]) -> None:
     """Copy a recorded head into the model; every parameter of the head must be there."""
     tensors = Tensors({f"bbox_head.{key}": value.float() for key, value in recorded.items()}, "the recording")
     state, _ = dense_head(tensors)
     assert not tensors.left
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and not [name for name in missing if name.startswith("head.")]
-
-
-def in_our_order(model: TowerDetector, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """Blocks of a cell's anchors, in the recorded order, in Detectron2's."""
-    if model.anchor_generator.num_anchors[0] == 1:
-        return tensor
-    return to_size_outer(tensor, NUM_SIZES, NUM_RATIOS, dim=dim)
-
-
-def labels_in_our_order(model: TowerDetector, labels: torch.Tensor) -> torch.Tensor:
-    """Recorded labels (N, R_l) of a level in the order of our anchors."""
-    cells = labels.unflatten(1, (-1, model.anchor_generator.num_anchors[0]))
-    return in_our_order(model, cells, dim=2).flatten(1)
-
-
-def flat_outputs(model: TowerDetector, **maps: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-    """Recorded prediction maps by output name, as ``model.losses`` takes them; gradients flow to the maps."""
-    per_cell, flat = model.anchor_generator.num_anchors[0], {}
-    for name, levels in maps.items():
-        levels = [in_our_order(model, x, dim=1).unflatten(1, (per_cell, -1)) for x in levels]
-        flat[name] = [x.permute(0, 3, 4, 1, 2).flatten(1, 3) for x in levels]
-    return flat
-
-
-def instances_of(size, boxes: torch.Tensor, classes: torch.Tensor) -> Instances:
-    """Ground truth of an image."""
-    instances = Instances(tuple(int(side) for side in size))
-    instances.gt_boxes, instances.gt_classes = Boxes(boxes), classes
-    return instances
-
-
-def batched_inputs(case: Case) -> list[dict]:
-    """Images of the recorded sizes (their pixels do not matter) with the recorded ground truth."""
-    return [
-        {
-            "image": torch.zeros(3, *size),
-            "instances": instances_of(
-                size, case.tensor(f"in.gt_boxes.{index}"), case.tensor(f"in.gt_labels.{index}")
-            ),
-        }
-        for index, size in enumerate(case.arrays["in.img_shape"].tolist())
-    ]
-
-
-def maps_of(case: Case, key: str, requires_grad: bool = False) -> list[torch.Tensor]:
-    """Recorded maps ``in.<key>.<level>``."""
-    return [
-        case.tensor(f"in.{key}.{level}").requires_grad_(requires_grad)
-        for level in range(len(case.data["strides"]))
-    ]

@@ -22,4 +22,4 @@ CHECKS = {
 
 @pytest.mark.parametrize("name", case_names(SUITE))
 def test_recorded_numbers(name):
-    run_check(name, load(SUITE, name), CHECKS, {})
+    run_check(name, load(SUITE, name), CHECKS)

@@ -22,33 +22,37 @@ from PIL import Image
 from torch import nn
 
 from d2_distill.config.keys import get_distill_cfg
+from d2_distill.config.model_zoo import checkpoint_url
 from d2_distill.detectors.building import build_detector
 from d2_distill.engine import Trainer
+
+from ..cases import Case
+from ..recording import plain
+from .d2_left_out import is_left_out
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 from convert_torchvision_backbone import convert  # noqa: E402
 
-LEFT_OUT = {
-    "model_zoo_urls": "the project ships its own base configs and does not use the zoo's table",
-    "default_trainer_run: DefaultTrainer's constructor": "the project's own Trainer, a DefaultTrainer, runs",
-}
 
-
-def check_matching(data, arrays, name, tmp_path):
-    for case in data["matching"]:
-        model = {key: torch.zeros(shape) for key, shape in case["model"].items()}
-        entries = case["ckpt_in_order_value_is_index_plus_1"].items()
-        checkpoint = {key: torch.full(shape, float(value)) for value, (key, shape) in enumerate(entries, 1)}
-        if "raises" in case:
+def check_matching(case: Case) -> None:
+    for entry in case.data["matching"]:
+        model = {key: torch.zeros(plain(shape)) for key, shape in entry["model"].items()}
+        entries = entry["ckpt_in_order_value_is_index_plus_1"].items()
+        checkpoint = {
+            key: torch.full(plain(shape), float(value)) for value, (key, shape) in enumerate(entries, 1)
+        }
+        description = entry["desc"]
+        if "raises" in entry:
+            assert entry["raises"] == "ValueError"
             with pytest.raises(ValueError):
-                align_and_update_state_dicts(model, checkpoint, c2_conversion=case["c2"])
+                align_and_update_state_dicts(model, checkpoint, c2_conversion=entry["c2"])
             continue
-        result = align_and_update_state_dicts(model, checkpoint, c2_conversion=case["c2"])
+        result = align_and_update_state_dicts(model, checkpoint, c2_conversion=entry["c2"])
         found = {key: {"shape": list(value.shape), "first_value": value.flatten()[0].item()}
                  for key, value in result.items()}
-        assert found == case["result"], case["desc"]
-    _check_caffe2_names(data["c2_basic_names"])
-    _check_caffe2_detector(data["c2_detectron"])
+        assert found == entry["result"], description
+    _check_caffe2_names(case.data["c2_basic_names"])
+    _check_caffe2_detector(case.data["c2_detectron"])
 
 
 def _check_caffe2_names(names):
@@ -59,9 +63,10 @@ def _check_caffe2_names(names):
 
 
 def _check_caffe2_detector(data):
-    inputs = data["inputs"].items()
-    checkpoint = {key: torch.arange(float(np.prod(shape))).reshape(shape) for key, shape in inputs}
-    model = {out["new_name"]: torch.zeros(out["new_shape"]) for out in data["outputs"].values()}
+    assert data["values_are"] == "arange reshaped"
+    inputs = {key: plain(shape) for key, shape in data["inputs"].items()}
+    checkpoint = {key: torch.arange(float(np.prod(shape))).reshape(shape) for key, shape in inputs.items()}
+    model = {out["new_name"]: torch.zeros(plain(out["new_shape"])) for out in data["outputs"].values()}
     result = align_and_update_state_dicts(model, checkpoint, c2_conversion=True)
     assert set(result) == set(model)
     for old, expected in data["outputs"].items():
@@ -111,24 +116,26 @@ _FILES = {
 }
 
 
-def check_files(data, arrays, name, tmp_path):
-    _check_saved_files(data["save"], tmp_path / "saved")
-    for case in data["load_cases"]:
-        file_name, content, query = _FILES[case["desc"]]
-        path = tmp_path / file_name
+def check_files(case: Case) -> None:
+    """The descriptions of the cases tell what is in a file."""
+    _check_saved_files(case.data["save"], case.scratch / "saved")
+    for entry in case.data["load_cases"]:
+        file_name, content, query = _FILES[entry["desc"]]
+        path = case.scratch / file_name
         if path.suffix == ".pkl":
             path.write_bytes(pickle.dumps(content))
         else:
             torch.save(content, path)
         model = _small_model()
-        if "raises" in case:
+        if "raises" in entry:
+            assert entry["raises"] == "ValueError"
             with pytest.raises(ValueError):
                 DetectionCheckpointer(model).load(f"{path}{query}")
             continue
         rest = DetectionCheckpointer(model).load(f"{path}{query}")
-        assert model.backbone.fc.weight.sum().item() == case["loaded_weight_sum"], case["desc"]
-        assert model.backbone.fc.bias.sum().item() == case["loaded_bias_sum"], case["desc"]
-        assert sorted(rest) == case["returned_keys"], case["desc"]
+        assert model.backbone.fc.weight.sum().item() == entry["loaded_weight_sum"], entry["desc"]
+        assert model.backbone.fc.bias.sum().item() == entry["loaded_bias_sum"], entry["desc"]
+        assert sorted(rest) == entry["returned_keys"], entry["desc"]
 
 
 def _check_saved_files(expected, folder):
@@ -136,18 +143,20 @@ def _check_saved_files(expected, folder):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     checkpointer = DetectionCheckpointer(model, str(folder), optimizer=optimizer)
-    PeriodicCheckpointer(checkpointer, period=5).step(4)
+    iteration = expected["iteration"]
+    PeriodicCheckpointer(checkpointer, period=iteration + 1).step(iteration)
     assert sorted(path.name for path in folder.iterdir()) == expected["files"]
     assert (folder / "last_checkpoint").read_text() == expected["last_checkpoint_content"]
     content = torch.load(checkpointer.get_checkpoint_file())
     assert sorted(content) == expected["top_level_keys"]
     assert sorted(content["model"]) == expected["model_keys"]
-    assert content["iteration"] == expected["iteration"]
+    assert content["iteration"] == iteration
 
 
-def check_torchvision_names(data, arrays, name, tmp_path):
-    model = getattr(torchvision.models, name.split("_")[-1])()
-    state_dict = model.state_dict()
+def check_torchvision_names(case: Case) -> None:
+    """The end of the case's name is the network."""
+    model = getattr(torchvision.models, case.name[len("torchvision_names_") :])()
+    state_dict, data = model.state_dict(), plain(case.data)
     assert set(state_dict) == set(data)
     converted = convert(state_dict)
     assert converted["__author__"] == "torchvision" and converted["matching_heuristics"] is True
@@ -155,6 +164,15 @@ def check_torchvision_names(data, arrays, name, tmp_path):
     for old, (new, _) in data.items():
         assert isinstance(converted["model"][new], np.ndarray)
         assert np.array_equal(converted["model"][new], state_dict[old].numpy())
+
+
+def check_model_zoo(case: Case) -> None:
+    data = case.data
+    if is_left_out(case, "model zoo"):
+        return
+    assert data["url"] == 'prefix + name + "/" + suffix'
+    for name, suffix in data["name_to_suffix"].items():
+        assert checkpoint_url(f"{name}.yaml", key=name) == f"{data['prefix']}{name}/{suffix}"
 
 
 def _write_dataset(folder: Path) -> str:
@@ -207,11 +225,11 @@ def _trainer_cfg(dataset: str, output_dir: str):
     return cfg
 
 
-def check_default_trainer_run(data, arrays, name, tmp_path):
-    dataset = "golden_default_trainer_run"
-    register_coco_instances(dataset, {}, _write_dataset(tmp_path), str(tmp_path))
+def check_default_trainer_run(case: Case) -> None:
+    dataset, output = "golden_default_trainer_run", case.scratch / "output"
+    register_coco_instances(dataset, {}, _write_dataset(case.scratch), str(case.scratch))
     try:
-        _check_run(data, _trainer_cfg(dataset, str(tmp_path / "output")), tmp_path / "output")
+        _check_run(plain(case.data), _trainer_cfg(dataset, str(output)), output)
     finally:
         DatasetCatalog.remove(dataset)
         MetadataCatalog.remove(dataset)
@@ -261,7 +279,7 @@ def _check_run(data, cfg, output):
 CHECKS = {
     "checkpoint_matching": check_matching,
     "checkpoint_files": check_files,
-    "torchvision_names_resnet18": check_torchvision_names,
-    "torchvision_names_resnet50": check_torchvision_names,
+    "torchvision_names": check_torchvision_names,
+    "model_zoo_urls": check_model_zoo,
     "default_trainer_run": check_default_trainer_run,
 }

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from detectron2.data import MetadataCatalog
@@ -16,12 +23,13 @@ from detectron2.data.datasets import (
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, print_csv_format
 from detectron2.evaluation.testing import flatten_results_dict
 
-from ...embedded.detection_data import empty_output, outputs_of, registered, write_voc
+from d2_distill import provider
 
-LEFT_OUT = {
-    "coco_eval: segmentation of loaded crowds": "not recorded; the embedded subset reads no masks",
-    "coco_eval: fastFalse_*, *_maxdets<number>": "the project leaves these arguments at their defaults",
-}
+from ...embedded.detection_data import empty_output, outputs_of, registered, write_voc
+from ..cases import Case
+from ..recording import plain
+from .d2_left_out import is_left_out
+
 DATASET = "golden_recording"
 
 
@@ -33,12 +41,14 @@ def _assert_results(actual, recorded):
             assert actual[task][metric] == pytest.approx(float(value), rel=1e-6, nan_ok=True), metric
 
 
-def check_coco_eval(data, arrays, name, tmp_path):
-    json_file = str(tmp_path / "annotations.json")
-    with open(json_file, "w") as f:
-        json.dump(data["annotations"], f)
-    with registered(DATASET, register_coco_instances, {}, json_file, ""):
-        dicts = load_coco_json(json_file, "", DATASET)
+def check_coco_eval(case: Case) -> None:
+    data = case.data
+    json_file = case.scratch / "annotations.json"
+    json_file.write_text(json.dumps(plain(data["annotations"])))
+    assert data["detections_columns"] == ["image_id", "xyxy box", "score", "contiguous class"]
+    detections = plain(data["detections"])
+    with registered(DATASET, register_coco_instances, {}, str(json_file), ""):
+        dicts = load_coco_json(str(json_file), "", DATASET)
         for record in dicts:
             for annotation in record["annotations"]:
                 annotation.pop("segmentation", None)
@@ -47,22 +57,22 @@ def check_coco_eval(data, arrays, name, tmp_path):
         assert metadata.thing_classes == data["thing_classes"]
         assert {str(k): v for k, v in metadata.thing_dataset_id_to_contiguous_id.items()} == data["id_map"]
 
-        folder = tmp_path / "inference"
-        evaluator = COCOEvaluator(DATASET, output_dir=str(folder))
-        evaluator.reset()
-        for given, output in outputs_of(data["detections"]):
-            evaluator.process([given], [output])
-        _assert_results(evaluator.evaluate(), data["results"]["fastTrue_maxdetsNone"])
+        folder = case.scratch / "inference"
+        for key in data["results"]:
+            with _evaluator(case, key, folder) as evaluator:
+                if evaluator is not None:
+                    _assert_results(_evaluate(evaluator, detections), data["results"][key])
         assert sorted(p.name for p in folder.iterdir()) == data["files_written"]
         written = json.loads((folder / "coco_instances_results.json").read_text())
-        assert len(written) == len(data["detections"])
+        assert len(written) == len(detections)
         for actual, first in zip(written, data["first_two_result_json_entries"]):
             assert actual.keys() == first.keys()
-            assert actual["bbox"] == pytest.approx(first["bbox"], rel=1e-8)
+            assert actual["bbox"] == pytest.approx(list(first["bbox"]), rel=1e-8)
             assert actual["score"] == pytest.approx(first["score"], rel=1e-8)
             assert actual["image_id"] == first["image_id"]
             assert actual["category_id"] == first["category_id"]
 
+        evaluator = COCOEvaluator(DATASET, output_dir=str(folder))
         evaluator.reset()
         assert evaluator.evaluate() == data["no_process_call"]
         for image in data["annotations"]["images"]:
@@ -70,21 +80,50 @@ def check_coco_eval(data, arrays, name, tmp_path):
         _assert_results(evaluator.evaluate(), data["only_empty_predictions"])
 
 
-def check_voc_eval(data, arrays, name, tmp_path):
-    folder = tmp_path / "voc"
-    write_voc(folder, "test", data["image_ids"], data["image_size_hw"], data["gt"])
-    class_names = data["class_names"]
+@contextlib.contextmanager
+def _evaluator(case: Case, key: str, folder: Path) -> Iterator[COCOEvaluator | None]:
+    """The evaluator of a key such as "fastFalse_maxdets2", None if the Detectron2 in use lacks it.
+
+    The embedded one uses the faster implementation where it is installed.
+    """
+    is_fast, max_dets = re.fullmatch(r"fast(True|False)_maxdets(None|\d+)", key).groups()
+    if provider.name() == "real":
+        yield COCOEvaluator(
+            DATASET,
+            output_dir=str(folder),
+            use_fast_impl=is_fast == "True",
+            max_dets_per_image=ast.literal_eval(max_dets),
+        )
+    elif max_dets != "None" and is_left_out(case, "max_dets_per_image", "results", key):
+        yield None
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            if is_fast == "False":
+                patch.setitem(sys.modules, "faster_coco_eval", None)
+            yield COCOEvaluator(DATASET, output_dir=str(folder))
+
+
+def _evaluate(evaluator, detections):
+    evaluator.reset()
+    for given, output in outputs_of(detections):
+        evaluator.process([given], [output])
+    return evaluator.evaluate()
+
+
+def check_voc_eval(case: Case) -> None:
+    data, folder = case.data, case.scratch / "voc"
+    assert data["gt_columns"] == ["image", "class", "xmin ymin xmax ymax (1-based, as in the xml)", "difficult"]
+    assert data["detections_columns"] == ["image", "xyxy 0-based", "score", "class index"]
+    class_names, image_ids = plain(data["class_names"]), plain(data["image_ids"])
+    write_voc(folder, "test", image_ids, plain(data["image_size_hw"]), plain(data["gt"]))
     dicts = load_voc_instances(str(folder), "test", class_names)
     for record in dicts:
         record["file_name"] = record["file_name"][len(str(folder)) + 1 :]
     assert dicts == data["loaded_dataset_dicts"]
 
     with registered(DATASET, register_pascal_voc, str(folder), "test", data["year"], class_names):
-        evaluator = PascalVOCDetectionEvaluator(DATASET)
-        evaluator.reset()
-        for given, output in outputs_of(data["detections"]):
-            evaluator.process([given], [output])
-        _assert_results(evaluator.evaluate(), data["results"])
+        results = _evaluate(PascalVOCDetectionEvaluator(DATASET), plain(data["detections"]))
+        _assert_results(results, data["results"])
 
 
 class _Lines(logging.Handler):
@@ -96,8 +135,8 @@ class _Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def check_csv_format(data, arrays, name, tmp_path):
-    results = data["results"]
+def check_csv_format(case: Case) -> None:
+    results = plain(case.data["results"])
     results["bbox"] = {metric: float(value) for metric, value in results["bbox"].items()}
     logger, handler = logging.getLogger("detectron2.evaluation.testing"), _Lines()
     level = logger.level
@@ -108,13 +147,19 @@ def check_csv_format(data, arrays, name, tmp_path):
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    assert handler.lines == data["log_lines"]
-    assert flatten_results_dict({"a": {"b": {"c": 1.0}, "d": 2.0}, "e": 3.0}) == data["flatten"]
+    assert handler.lines == case.data["log_lines"]
+    nested: dict[str, Any] = {}
+    for key, value in case.data["flatten"].items():
+        *path, last = key.split("/")
+        node = nested
+        for name in path:
+            node = node.setdefault(name, {})
+        node[last] = value
+    assert flatten_results_dict(nested) == case.data["flatten"]
 
 
 CHECKS = {
     "coco_eval": check_coco_eval,
-    "voc_eval_2007": check_voc_eval,
-    "voc_eval_2012": check_voc_eval,
+    "voc_eval": check_voc_eval,
     "csv_format": check_csv_format,
 }

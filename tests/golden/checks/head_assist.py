@@ -2,58 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from detectron2.config import get_cfg
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
-from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from d2_distill.assistants.proposals import DenseProposer, has_position
-from d2_distill.assistants.roi import RoIAssistant
-from d2_distill.assistants.tracing import TracedAdapter
-from d2_distill.detectors import OpenMMLabRetinaNet
-from d2_distill.methods import HEAD
-from d2_distill.methods.assist_rois import TracedRoIs
+from d2_distill.assistants.proposals import gather_positions, has_position
+from d2_distill.config.keys import get_distill_cfg
+from d2_distill.detectors.building import build_detector
+from d2_distill.methods import HEAD, build_methods
 from d2_distill.methods.assistance import Assistance, mimicry_loss
 from d2_distill.methods.schedules import build_schedule
-from d2_distill.staged import Tap, stage_detector
+from d2_distill.staged import stage_detector
+from d2_distill.teacher import Teacher
 
 from .. import openmmlab
 from ..cases import Case
 from ..dispatch import assert_close, assert_recorded, assert_recorded_sum
-
-NUM_FC = 2
-WEIGHTS = {"loss_assist": 1.0, "loss_akd": 2.0, "loss_ckd": 2.0}
-WARMUP = {"loss_assist": [], "loss_akd": [["Warmup", 2000]], "loss_ckd": [["Warmup", 2000]]}
-
-
-def _method(setting: nn.Module) -> HEAD:
-    return HEAD(
-        setting=setting,
-        weights=WEIGHTS,
-        schedule={term: build_schedule(factors) for term, factors in WARMUP.items()},
-    )
+from .head_basics import level_names, numbers_of
+from .head_proposals import in_recorded_positions
 
 
 def check_akd_term(case: Case) -> None:
-    adapter = nn.Linear(12, 12)
+    weight, length = numbers_of(case, r"weight ([\d.]+) \((\d+) iterations\)")
+    adapter = nn.Linear(*case.arrays["weight"].shape[::-1])
     adapter.load_state_dict({name: case.tensor(name) for name in ("weight", "bias")})
     assistant = case.tensor("assistant").requires_grad_()
-    method = _method(nn.Identity())
+    method = HEAD(
+        setting=nn.Identity(),
+        weights={"loss_akd": weight},
+        schedule={"loss_akd": build_schedule([["Warmup", int(length)]])},
+    )
 
     def weighted(iteration: int) -> torch.Tensor:
         value = mimicry_loss([(adapter(assistant), case.tensor("teacher"))])
         return method.weight_at("loss_akd", iteration) * value
 
-    assert_recorded(case, "loss", [weighted(iteration) for iteration in case.arrays["iterations"].tolist()])
-    weighted(500).backward()
-    assert_recorded(case, "grad_assistant_it500", assistant.grad)
-    assert_recorded(case, "grad_weight_it500", adapter.weight.grad)
+    assert_recorded(case, "loss", [weighted(iteration).item() for iteration in case.arrays["iterations"].tolist()])
+    gradients = [re.fullmatch(r"grad_(\w+)_it(\d+)", key) for key in case.arrays if key.startswith("grad_")]
+    inputs = {"assistant": assistant, **dict(adapter.named_parameters())}
+    for match in gradients:
+        (gradient,) = torch.autograd.grad(weighted(int(match[2])), inputs[match[1]])
+        assert_recorded(case, match[0], gradient)
 
 
 class FullHead:
@@ -61,68 +56,107 @@ class FullHead:
 
     def __init__(self, case: Case) -> None:
         data = case.data
-        self.case, self.num_classes = case, data["num_classes"]
-        self.maps = [case.tensor(f"student_p{level}").requires_grad_() for level in range(3, 8)]
-        self.student = openmmlab.build_detector(
-            OpenMMLabRetinaNet, self.maps, data["strides_student"], self.num_classes, num_convs=4
+        self.case, self.levels = case, level_names(case, "student_")
+        self.maps = [case.tensor(f"student_{level}").requires_grad_() for level in self.levels]
+        self.student = self._build_student()
+        images = ImageList(
+            torch.zeros(len(self.maps[0]), 3, *data["pad_shape"]), [tuple(size) for size in data["img_shapes"]]
         )
-        prefix = "w_student_head."
-        openmmlab.load_head(
-            self.student, {key[len(prefix) :]: case.tensor(key) for key in case.arrays if key.startswith(prefix)}
-        )
-        proposals = data["proposal_cfg"]
-        staged = stage_detector(self.student)
-        shapes = list(staged.feature_shapes().items())[: len(data["student_roi_strides"])]
-        self.setting = TracedRoIs(
-            proposer=DenseProposer(
-                pre_nms_topk=proposals["nms_pre"],
-                post_nms_topk=proposals["max_per_img"],
-                nms_thresh=proposals["nms_iou"],
-                min_box_size=proposals["min_bbox_size"],
-            ),
-            assistant=RoIAssistant.build(self._cfg(dict(shapes)), dict(shapes), self.num_classes),
-            teacher_dims=[self._fc_dim] * NUM_FC,
-            cross=TracedAdapter(staged, Tap(4), self._fc_dim, per_anchor=False),
-        )
-        self._load_heads(self.setting.assistant.roi_heads, "assistant")
-        adapters = dict(zip(("aux", "last"), self.setting.akd[0]), cross=self.setting.cross.linear)
-        for name, adapter in adapters.items():
-            adapter.load_state_dict({part: case.tensor(f"w_adapt_{name}.{part}") for part in ("weight", "bias")})
-        self.method = _method(self.setting)
-        images = ImageList(torch.zeros(2, 3, *data["pad_shape"]), [tuple(size) for size in data["img_shapes"]])
         gt_instances = [
             openmmlab.instances_of(size, case.tensor(f"gt_boxes_{i}"), case.tensor(f"gt_labels_{i}"))
             for i, size in enumerate(images.image_sizes)
         ]
+        staged = stage_detector(self.student)
+        grids = [tuple(x.shape[-2:]) for x in self.maps]
+        strides = data["strides_student"]
+        assert grids == [tuple(-(-side // stride) for side in data["pad_shape"]) for stride in strides]
+        teacher = self._build_teacher()
+        cfg = get_distill_cfg()
+        openmmlab.set_keys(cfg, self._settings(staged))
+        self.method = build_methods(cfg, staged, teacher)["HEAD"]
+        self.setting = self.method.setting
+        heads, theirs = self.setting.assistant.roi_heads, teacher.model.roi_heads
+        is_copy = all(torch.equal(x, theirs.state_dict()[name]) for name, x in heads.state_dict().items())
+        assert is_copy == data["weight_transfer_was_exact_before_perturbation"]
+        self._load_heads(heads, "assistant")
+        adapters = dict(zip(("aux", "last"), self.setting.akd[0]), cross=self.setting.cross.linear)
+        for name, adapter in adapters.items():
+            adapter.load_state_dict({part: case.tensor(f"w_adapt_{name}.{part}") for part in ("weight", "bias")})
         self.run = staged.run(images, gt_instances, taps=self.method.taps())
-        self.teacher_run = stage_detector(self._teacher()).run(images, gt_instances, frozen=True)
+        self.teacher_run = teacher.staged.run(images, gt_instances, frozen=True)
+
+    def _settings(self, staged) -> dict[str, Any]:
+        """Keys below MODEL of the method."""
+        data, proposals = self.case.data, self.case.data["proposal_cfg"]
+        settings = {
+            "DISTILL.METHODS": ("HEAD",),
+            "DISTILL.HEAD.ASSISTANT_INIT": "teacher",
+            "DISTILL.HEAD.IN_FEATURES": [
+                name for name, shape in staged.feature_shapes().items() if shape.stride in data["student_roi_strides"]
+            ],
+            "DISTILL.HEAD.PER_ANCHOR": len(self.case.arrays["w_adapt_cross.bias"]) > self._fc_dim,
+            "RPN.PRE_NMS_TOPK_TRAIN": proposals["nms_pre"],
+            "RPN.POST_NMS_TOPK_TRAIN": proposals["max_per_img"],
+            "RPN.NMS_THRESH": proposals["nms_iou"],
+            "PROPOSAL_GENERATOR.MIN_SIZE": proposals["min_bbox_size"],
+        }
+        for part in ("akd", "ckd"):
+            weight = data[f"{part}_weight"]
+            assert weight["type"] == "warmup"
+            settings[f"DISTILL.HEAD.{part.upper()}_WEIGHT"] = weight["value"]
+            settings[f"DISTILL.HEAD.{part.upper()}_SCHEDULE"] = [["Warmup", weight["iters"]]]
+        return settings
+
+    def _build_student(self) -> nn.Module:
+        data, prefix = self.case.data, "w_student_head."
+        strides = list(data["strides_student"])
+        weights = {key[len(prefix) :]: self.case.tensor(key) for key in self.case.arrays if key.startswith(prefix)}
+        settings = {
+            "RETINANET.NUM_CLASSES": data["num_classes"],
+            "RETINANET.NUM_CONVS": sum(re.fullmatch(r"cls_convs\.\d+\.conv\.weight", key) is not None for key in weights),
+            **openmmlab.anchor_settings(strides, **openmmlab.RETINANET_ANCHORS),
+        }
+        student = openmmlab.build_given("OpenMMLabRetinaNet", strides, settings, maps=self.maps)
+        openmmlab.load_head(student, weights)
+        return student
 
     @property
     def _fc_dim(self) -> int:
-        return len(self.case.tensor("w_teacher.bbox_head.shared_fcs.0.bias"))
+        return len(self.case.arrays["w_teacher.bbox_head.shared_fcs.0.bias"])
 
-    def _cfg(self, shapes: dict[str, ShapeSpec]):
-        cfg = get_cfg()
-        heads, box_head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-        heads.NAME, heads.NUM_CLASSES, heads.IN_FEATURES = "StandardROIHeads", self.num_classes, list(shapes)
-        box_head.NAME, box_head.NUM_FC, box_head.FC_DIM = "FastRCNNConvFCHead", NUM_FC, self._fc_dim
-        box_head.POOLER_RESOLUTION = 7
-        return cfg
+    def _build_teacher(self) -> Teacher:
+        data = self.case.data
+        maps = [self.case.tensor(f"teacher_{level}") for level in level_names(self.case, "teacher_")]
+        strides, channels = list(data["teacher_roi_strides"]), maps[0].shape[1]
+        fc_inputs = self.case.arrays["w_teacher.bbox_head.shared_fcs.0.weight"].shape[1]
+        sampler = re.match(r"num (\d+), pos_fraction ([\d.]+), gt added;", data["sampler"])
+        names = [f"p{level}" for level in range(len(strides))]
+        cfg = openmmlab.given_cfg("GeneralizedRCNN", strides, channels, {
+            "PROPOSAL_GENERATOR.NAME": "RPN",
+            "RPN.IN_FEATURES": names,
+            "ANCHOR_GENERATOR.SIZES": [[8 * stride] for stride in strides],
+            "ROI_HEADS.NAME": "StandardROIHeads",
+            "ROI_HEADS.IN_FEATURES": names,
+            "ROI_HEADS.NUM_CLASSES": data["num_classes"],
+            "ROI_HEADS.BATCH_SIZE_PER_IMAGE": int(sampler[1]),
+            "ROI_HEADS.POSITIVE_FRACTION": float(sampler[2]),
+            "ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+            "ROI_BOX_HEAD.NUM_FC": self._num_fc("teacher"),
+            "ROI_BOX_HEAD.FC_DIM": self._fc_dim,
+            "ROI_BOX_HEAD.POOLER_RESOLUTION": math.isqrt(fc_inputs // channels),
+        })
+        model = build_detector(cfg)
+        model.backbone.maps = maps
+        self._load_heads(model.roi_heads, "teacher")
+        return Teacher(model, input_format=cfg.INPUT.FORMAT, cfg=cfg)
 
-    def _teacher(self) -> GeneralizedRCNN:
-        maps = [self.case.tensor(f"teacher_p{level}") for level in range(2, 6)]
-        backbone = openmmlab.GivenMaps(maps, self.case.data["teacher_roi_strides"])
-        shapes = backbone.output_shape()
-        heads = StandardROIHeads(self._cfg(shapes), shapes)
-        self._load_heads(heads, "teacher")
-        return GeneralizedRCNN(
-            backbone=backbone, proposal_generator=nn.Identity(), roi_heads=heads, pixel_mean=[0.0] * 3,
-            pixel_std=[1.0] * 3,
-        )
+    def _num_fc(self, role: str) -> int:
+        return sum(re.fullmatch(rf"w_{role}\.bbox_head\.shared_fcs\.\d+\.bias", key) is not None
+                   for key in self.case.arrays)
 
-    def _load_heads(self, heads: StandardROIHeads, role: str) -> None:
+    def _load_heads(self, heads: nn.Module, role: str) -> None:
         """The recorded box head; both take the pooled maps in the order channel, y, x."""
-        names = {f"shared_fcs.{i}": f"box_head.fc{i + 1}" for i in range(NUM_FC)}
+        names = {f"shared_fcs.{i}": f"box_head.fc{i + 1}" for i in range(self._num_fc(role))}
         names.update({"fc_cls": "box_predictor.cls_score", "fc_reg": "box_predictor.bbox_pred"})
         heads.load_state_dict({
             f"{ours}.{part}": self.case.tensor(f"w_{role}.bbox_head.{theirs}.{part}")
@@ -130,23 +164,25 @@ class FullHead:
             for part in ("weight", "bias")
         })
 
+    def recorded_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Ours in the recorded order of anchors; those of ground truth, whose last entry is its index, as they are."""
+        known = in_recorded_positions(self.student, positions.clamp(max=len(self.anchors) - 1))
+        return torch.where(positions[:, :1] < 0, positions, torch.cat([positions[:, :3], known[:, 3:]], dim=1))
+
+    @property
+    def anchors(self) -> torch.Tensor:
+        return openmmlab.recorded_anchors(self.student)
+
     def in_recorded_order(self, sampled: Sequence[Instances]) -> torch.Tensor:
         """Row of ours for each recorded RoI: ours are drawn in random order."""
         ours = [
             (image, *row)
             for image, instances in enumerate(sampled)
-            for row in instances.positions.tolist()
+            for row in self.recorded_positions(instances.positions).tolist()
         ]
-        recorded = self.case.tensor("roi_ids").long()
-        recorded[:, 4] = torch.where(recorded[:, 1] < 0, recorded[:, 4], _our_anchors(self, recorded[:, 4]))
-        assert sorted(ours) == sorted(map(tuple, recorded.tolist()))
-        return torch.tensor([ours.index(tuple(row)) for row in recorded.tolist()])
-
-
-def _our_anchors(full: FullHead, anchors: torch.Tensor) -> torch.Tensor:
-    """Index in Detectron2's order of anchors in the recorded order; gt indices go through unharmed."""
-    order = openmmlab.in_our_order(full.student, torch.arange(9)).argsort()
-    return order[anchors.clamp(max=8)]
+        recorded = self.case.tensor("roi_ids").long().tolist()
+        assert sorted(ours) == sorted(map(tuple, recorded))
+        return torch.tensor([ours.index(tuple(row)) for row in recorded])
 
 
 def _recording(module: nn.Module) -> list[tuple]:
@@ -161,7 +197,7 @@ def check_full_head(case: Case) -> None:
     run, iteration = full.run, case.data["iteration"]
     with EventStorage(iteration) as storage:
         student = dict(run.losses)
-        _check_proposals(full)
+        _check_student(full)
         settings, assistants = _recording(full.setting), _recording(full.setting.assistant)
         terms = full.method(run, full.teacher_run)
         terms = {term: full.method.weight_at(term, iteration) * value for term, value in terms.items()}
@@ -173,37 +209,54 @@ def check_full_head(case: Case) -> None:
     assert_recorded_sum(case, "loss.loss_bbox_rpn", student["loss_box_reg"])
     assert_recorded(case, "loss.loss_cls", losses["loss_cls"])
     assert_recorded(case, "loss.loss_bbox", losses["loss_box_reg"])
-    akd = case.tensor("loss.loss_mimic_rcnn_aux") + case.tensor("loss.loss_mimic_rcnn")
-    assert_close(case, "loss_akd", terms["loss_akd"], akd)
+    akd_weight = full.method.weight_at("loss_akd", iteration)
+    for pair, name in zip(assistance.akd, ("loss_mimic_rcnn_aux", "loss_mimic_rcnn")):
+        assert_recorded(case, f"loss.{name}", akd_weight * mimicry_loss([pair]))
+    assert_close(case, "loss_akd", terms["loss_akd"], sum(
+        case.tensor(f"loss.{name}") for name in ("loss_mimic_rcnn_aux", "loss_mimic_rcnn")
+    ))
     assert_recorded(case, "loss.loss_cross", terms["loss_ckd"])
     assert_recorded(case, "loss_total", sum(student.values()) + sum(terms.values()))
     accuracy, _ = storage.latest()["assist/fast_rcnn/cls_accuracy"]
-    assert_close(case, "acc", [accuracy * 100], case.tensor("acc"))
+    assert_recorded(case, "acc", [accuracy * 100])
     assert storage.latest()["assist/loss_box_reg"][0] == losses["loss_box_reg"].item()
-    groups = {
+    _check_gradients(full, {
         "student": sum(student.values()),
         "assistant": terms["loss_assist"],
         "akd": terms["loss_akd"],
         "ckd": terms["loss_ckd"],
-    }
+    })
+
+
+def _check_gradients(full: FullHead, groups: Mapping[str, torch.Tensor]) -> None:
+    """Of the student's maps; what has no gradient is listed."""
+    case, without = full.case, []
     for group, value in groups.items():
         gradients = torch.autograd.grad(value, full.maps, retain_graph=True, allow_unused=True)
-        for level, gradient in enumerate(gradients, start=3):
-            if f"{group}.p{level}" in case.data["no_gradient"]:
-                assert gradient is None or not gradient.any()
+        for level, gradient in zip(full.levels, gradients):
+            if f"grad_{group}_{level}" in case.arrays:
+                assert_recorded(case, f"grad_{group}_{level}", gradient)
             else:
-                assert_recorded(case, f"grad_{group}_p{level}", gradient)
+                assert gradient is None or not gradient.any()
+                without.append(f"{group}.{level}")
+    assert sorted(without) == case.data["no_gradient"]
 
 
-def _check_proposals(full: FullHead) -> None:
-    case = full.case
-    for image, proposals in enumerate(full.setting.proposer.propose(full.run)):
-        boxes, scores, positions = case.tensor(f"proposals_{image}").split([4, 1, 4], dim=1)
-        assert_close(case, f"proposals_{image} boxes", proposals.proposal_boxes.tensor, boxes)
-        assert_close(case, f"proposals_{image} scores", proposals.objectness_logits.sigmoid(), scores[:, 0])
-        positions = positions.long()
-        positions[:, 3] = _our_anchors(full, positions[:, 3])
-        assert torch.equal(proposals.positions, positions)
+def _check_student(full: FullHead) -> None:
+    """Its predictions, the end of its class tower, and what it proposes."""
+    case, run = full.case, full.run
+    ends = run.taps["cls"][run.staged.towers["cls"].end]
+    for level, name in enumerate(full.levels):
+        for key, output in (("cls_logits", "logits"), ("deltas", "deltas")):
+            expected = openmmlab.in_our_order(full.student, case.tensor(f"{key}_{name}"), dim=1)
+            assert_close(case, f"{key}_{name}", run.predictions[output][level], expected)
+        assert_recorded(case, f"cls_tower_{name}", ends[level])
+    for image, proposals in enumerate(full.setting.proposer.propose(run)):
+        assert_recorded(case, f"proposals_{image}", torch.cat([
+            proposals.proposal_boxes.tensor,
+            proposals.objectness_logits.sigmoid()[:, None],
+            full.recorded_positions(proposals.positions).float(),
+        ], dim=1))
 
 
 def _check_intermediates(
@@ -219,11 +272,19 @@ def _check_intermediates(
     for rows, name in zip(vectors, ("rcnn_bbox_aux", "rcnn_bbox")):
         assert_recorded(case, f"t_{name}", rows[order])
     # The rows of CKD are those of the RoIs with a position.
-    kept = has_position([image.positions for image in sampled])
+    positions = [image.positions for image in sampled]
+    images = torch.cat([torch.full((len(rows),), image) for image, rows in enumerate(positions)])
+    kept = has_position(positions)
     order = (kept.cumsum(dim=0) - 1)[order[kept[order]]]
     (adapted, target), = assistance.ckd
     assert_recorded(case, "t_retina_cls_decoupled", adapted[order])
     assert_recorded(case, "t_teacher_rcnn_bbox_filtered", target[order])
+    run = full.run
+    gathered = gather_positions(run.taps["cls"][full.setting.cross.tap], positions)
+    assert_recorded(case, "t_retina_cls_indexed", gathered[order])
+    level, y, x, anchor = full.recorded_positions(torch.cat(positions)[kept][order]).unbind(dim=1)
+    assert_recorded(case, "t_bbox_poses", torch.stack([level, images[kept][order], y, x], dim=1))
+    assert_recorded(case, "t_anchor_ids", anchor)
 
 
 CHECKS = {"akd_term": check_akd_term, "full_head": check_full_head}

@@ -9,30 +9,29 @@ from detectron2.structures import Instances
 from torch import nn
 
 from d2_distill.assistants.tracing import TracedAdapter
+from d2_distill.layers.tower import Tap
 from d2_distill.methods import TFHEAD
 from d2_distill.methods.schedules import build_schedule
-from d2_distill.staged import Tap
 
 from ..cases import Case
 from ..dispatch import assert_close, assert_recorded
+from .head_basics import level_names
 
-LEVELS = [f"p{level}" for level in range(3, 8)]
 # Any place will do: the towers are recorded.
 TAP = Tap(1)
+# Entry of the iterations that gradients are recorded at.
+GRADIENTS_AT = 2
 
 
 def _method(case: Case) -> TFHEAD:
-    (out_dim, channels), num_anchors = case.arrays["conv1x1.weight"].shape[:2], 9
-    student = SimpleNamespace(
-        tap_channels=lambda branch, position: channels,
-        model=SimpleNamespace(anchor_generator=SimpleNamespace(num_anchors=[num_anchors])),
-    )
+    out_dim, channels = case.arrays["conv1x1.weight"].shape[:2]
     data, rcnn_dim = case.data, case.arrays["rcnn_feature"].shape[1]
-    terms = {"loss_cross_dense": data["weights"]["fcos"], "loss_cross_rcnn": data["weights"]["rcnn"]}
+    num_anchors = len(case.arrays["decouple.bias"]) // rcnn_dim
+    student = SimpleNamespace(tap_channels=lambda branch, position: channels, anchors_per_cell=num_anchors)
     method = TFHEAD(
         cross_dense=nn.Conv2d(channels, out_dim, 1),
         cross_rcnn=TracedAdapter(student, TAP, rcnn_dim, per_anchor=True),
-        weights=terms,
+        weights={"loss_cross_dense": data["weights"]["fcos"], "loss_cross_rcnn": data["weights"]["rcnn"]},
         schedule=build_schedule([["Warmup", data["warmup"]], ["EarlyStop", data["early_stop"]]]),
     )
     for adapter, name in ((method.cross_dense, "conv1x1"), (method.cross_rcnn.linear, "decouple")):
@@ -40,39 +39,41 @@ def _method(case: Case) -> TFHEAD:
     return method
 
 
-def _rois(case: Case) -> list[Instances]:
+def _rois(case: Case, num_images: int) -> list[Instances]:
     """The recorded RoIs, one entry an image."""
     images, positions = case.tensor("roi_ids").long().split([1, 4], dim=1)
     assert torch.equal(images, images.sort(dim=0).values)
-    return [Instances((128, 160), positions=positions[images[:, 0] == image]) for image in (0, 1)]
+    return [Instances((1, 1), positions=positions[images[:, 0] == image]) for image in range(num_images)]
 
 
 def check_tf_head(case: Case) -> None:
+    levels = level_names(case, "student_cls_tower_")
     ours, theirs = (
-        [case.tensor(f"{name}_cls_tower_{level}").requires_grad_() for level in LEVELS]
+        [case.tensor(f"{name}_cls_tower_{level}").requires_grad_() for level in levels]
         for name in ("student", "fcos")
     )
     vectors = case.tensor("rcnn_feature").requires_grad_()
     method, student = _method(case), SimpleNamespace(taps={"cls": {TAP: ours}})
-    rois = _rois(case)
+    rois = _rois(case, len(ours[0]))
     assert_recorded(case, "decoupled", method.cross_rcnn(student, rois, vectors)[0])
+    iterations = case.arrays["iterations"].tolist()
+
+    def along_schedule(term: str, value: torch.Tensor) -> torch.Tensor:
+        return torch.stack([value * method.weight_at(term, iteration) for iteration in iterations])
+
     terms = {
         "loss_cross_dense": method.imitate_dense(ours, theirs),
         "loss_cross_rcnn": method.imitate_rcnn(student, rois, vectors),
     }
-
-    recorded = {
-        "loss_cross_dense": case.tensor("loss_self_fcos_per_level").sum(dim=1),
-        "loss_cross_rcnn": case.tensor("loss_self_rcnn"),
-    }
-    iterations = case.arrays["iterations"].tolist()
-    for term, value in terms.items():
-        weighted = torch.stack([value * method.weight_at(term, iteration) for iteration in iterations])
-        assert_close(case, term, weighted, recorded[term])
+    per_level = torch.stack([method.imitate_dense([x], [y]) for x, y in zip(ours, theirs)])
+    torch.testing.assert_close(per_level.sum(), terms["loss_cross_dense"])
+    recorded = "loss_self_fcos_per_level"
+    assert_close(case, recorded, along_schedule("loss_cross_dense", per_level), case.tensor(recorded))
+    assert_recorded(case, "loss_self_rcnn", along_schedule("loss_cross_rcnn", terms["loss_cross_rcnn"]))
     for term, name in (("loss_cross_dense", "fcos"), ("loss_cross_rcnn", "rcnn")):
-        total = terms[term] * method.weight_at(term, iterations[2])
+        total = terms[term] * method.weight_at(term, iterations[GRADIENTS_AT])
         found = torch.autograd.grad(total, [*ours, *theirs, vectors], allow_unused=True)
-        for level, gradient in zip(LEVELS, found):
+        for level, gradient in zip(levels, found):
             assert_recorded(case, f"grad_student_{name}_{level}", gradient)
         assert found[len(ours) :] == (None,) * (len(theirs) + 1), "the imitation reaches an assistant"
 

@@ -3,42 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
-from torchvision.ops import batched_nms
+from detectron2.data.datasets import register_pascal_voc
+from detectron2.structures import Boxes, Instances
 
 from d2_distill.evaluation import voc
-from d2_distill.postprocess import cluster_nms
 
+from ...embedded.detection_data import registered, write_voc
 from ..cases import Case
-from ..dispatch import assert_recorded
+from ..dispatch import assert_close, assert_recorded
+from ..openmmlab import build_given
+from .ld_detectors import NMS
 
 
 def check_nms(case: Case) -> None:
-    params = case.data["params"]
-    class_scores = case.tensor("in_scores")[:, :-1]
-    rows, classes = (class_scores > params["score_thr"]).nonzero(as_tuple=True)
-    boxes, scores = case.tensor("in_boxes")[rows], class_scores[rows, classes]
-    if params["type"] == "nms":
-        keep = batched_nms(boxes, scores, classes, params["iou_threshold"])
-        voted = boxes[keep]
-    else:
-        keep, voted = cluster_nms(
-            boxes, scores, classes, params["iou_threshold"], overlap="diou", voting="score"
-        )
-    detections = torch.cat([voted, scores[keep, None]], dim=1)[: params["max_num"]]
-    assert_recorded(case, "out_dets", detections)
-    assert_recorded(case, "out_labels", classes[keep][: params["max_num"]])
+    """Of a detector with a row of cells, one a box, that predicts the recorded boxes and scores as they are."""
+    params, boxes = case.data["params"], case.tensor("in_boxes")
+    scores = case.tensor("in_scores")[:, :-1]  # the last column is the background
+    rows, num_classes = scores.shape
+    maps = [torch.zeros(1, 1, 1, rows)]
+    model = build_given(
+        "GFL",
+        [1],
+        {
+            "GFL.NUM_CLASSES": num_classes,
+            "GFL.SCORE_THRESH_TEST": params["score_thr"],
+            "GFL.NMS_THRESH_TEST": params["iou_threshold"],
+        },
+        maps=maps,
+        test={"NMS": NMS[params["type"]], "DETECTIONS_PER_IMAGE": params["max_num"]},
+    ).eval()
+    model.class_scores = lambda outputs: outputs["logits"]
+    model.box_coder = SimpleNamespace(decode=lambda outputs, anchors, strides: outputs)
+    model.head.register_forward_hook(lambda *_: [[x.t()[None, :, None]] for x in (scores, boxes)])
+    side = int(boxes.max().ceil())
+    (output,) = model([{"image": torch.zeros(3, side, side)}])
+    found = output["instances"]
+    assert_recorded(case, "out_dets", torch.cat([found.pred_boxes.tensor, found.scores[:, None]], dim=1))
+    assert_recorded(case, "out_labels", found.pred_classes)
 
 
 def check_voc_eval(case: Case) -> None:
     arrays, params = case.arrays, case.data["params"]
-    convention = dataclasses.replace(
-        voc.CONVENTIONS["openmmlab"], thresholds=tuple(params["iou_thresholds"])
-    )
-    np.testing.assert_allclose(voc.CONVENTIONS["openmmlab"].thresholds, convention.thresholds)
-    aps = {"11point": [], "area": []}
+    convention = dataclasses.replace(voc.CONVENTIONS["openmmlab"], thresholds=tuple(params["iou_thresholds"]))
+    aps = {2007: [], 2012: []}
     for index in range(params["num_classes"]):
         found, true = arrays["in_det_labels"] == index, arrays["in_gt_labels"] == index
         detections = voc.Detections(
@@ -49,15 +61,42 @@ def check_voc_eval(case: Case) -> None:
             arrays["in_gt_boxes"][true].astype(np.float32),
             arrays["in_gt_difficult"][true],
         )
-        assert not objects.difficult.all()
         curves = voc.recall_and_precision(detections, objects, convention)
-        for kind, values in aps.items():
-            values.append(voc.average_precision(*curves, eleven_points=kind == "11point"))
-    per_class = np.stack(aps["11point"], axis=1)
-    assert_recorded(case, "out_per_class_11point", per_class)
-    assert_recorded(case, "out_map_11point", per_class.mean(axis=1))
-    assert_recorded(case, "out_map_area", np.stack(aps["area"]).mean(axis=0))
-    assert_recorded(case, "out_ap_11point", per_class.mean())
+        for year, values in aps.items():
+            values.append(voc.average_precision(*curves, eleven_points=year == 2007))
+    assert_recorded(case, "out_per_class_11point", np.stack(aps[2007], axis=1))
+    for year, key in ((2007, "out_map_11point"), (2012, "out_map_area")):
+        with mock.patch.dict(voc.CONVENTIONS, {"recorded": convention}):
+            results = evaluate(case, year)
+        means = [results[f"AP{percent}"] / 100 for percent in voc.PERCENTS]
+        assert_recorded(case, key, means[: len(convention.thresholds)])
+        by_class = [results[f"AP-{index}"] / 100 for index in range(params["num_classes"])]
+        np.testing.assert_allclose(by_class, np.stack(aps[year]).mean(axis=1))
+        if year == 2007:
+            assert_close(case, "AP", results["AP"] / 100, case.tensor("out_ap_11point"))
+
+
+def evaluate(case: Case, year: int) -> dict[str, float]:
+    """What the evaluator says of the recorded detections; it reads the ground truth from files."""
+    arrays, params = case.arrays, case.data["params"]
+    folder = case.scratch / str(year)
+    ids = [str(image) for image in range(params["num_images"])]
+    names = [str(index) for index in range(params["num_classes"])]
+    columns = (arrays[f"in_gt_{what}"].tolist() for what in ("image", "labels", "boxes", "difficult"))
+    objects = [(ids[image], names[label], box, difficult) for image, label, box, difficult in zip(*columns)]
+    write_voc(folder, "test", ids, (1, 1), objects)
+    with registered("golden_voc", register_pascal_voc, str(folder), "test", year, names):
+        evaluator = voc.VOCEvaluator("golden_voc", "recorded")
+        for image, image_id in enumerate(ids):
+            rows = torch.from_numpy(arrays["in_det_image"] == image)
+            table = case.tensor("in_det")[rows].double()
+            boxes = Boxes(table[:, :4])
+            boxes.tensor = table[:, :4] - torch.tensor([1.0, 1.0, 0.0, 0.0])  # as the data set's loader does
+            output = Instances(
+                (1, 1), pred_boxes=boxes, scores=table[:, 4], pred_classes=case.tensor("in_det_labels")[rows]
+            )
+            evaluator.process([{"image_id": image_id}], [{"instances": output}])
+        return evaluator.evaluate()["bbox"]
 
 
 CHECKS = {"nms": check_nms, "voc_eval": check_voc_eval}

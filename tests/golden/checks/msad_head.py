@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from detectron2.structures import ImageList
+from torch import nn
 
 from d2_distill.apps.conversion.msad import head_names
-from d2_distill.detectors import OpenMMLabFCOS
-from d2_distill.detectors.box_coders import DistanceCoder
 
 from ..cases import Case
 from ..dispatch import assert_close, assert_recorded
-from ..openmmlab import build_detector
+from ..openmmlab import build_given, given_run
 
-NUM_LEVELS = 5
+# Of the published detector, below MODEL.FCOS.
+MSAD_FCOS = {
+    "DISTANCES": "relu",
+    "CENTERNESS_ON": "box",
+    "TOWER_BIAS": True,
+    "PREDICTOR_BIAS": False,
+    "INFERENCE": "adelaidet",
+    "IOU_OFFSET": 1.0,
+}
 
 
-def msad_fcos(maps: list[torch.Tensor], strides: list[int], num_classes: int, **options) -> OpenMMLabFCOS:
-    """The published form of the detector over the given maps."""
-    head = {"centerness_on": "box", "tower_bias": True, "predictor_bias": False, **options.pop("head", {})}
-    return build_detector(
-        OpenMMLabFCOS,
-        maps,
-        strides,
-        num_classes,
-        assigner=None,
-        box_coder=DistanceCoder("relu"),
-        inference="adelaidet",
-        head=head,
-        **options,
+def msad_fcos(
+    strides: Sequence[int], settings: Mapping[str, Any], maps: Sequence[torch.Tensor] = (), **test: Any
+) -> nn.Module:
+    """The published form of the detector.
+
+    Args:
+        settings: config keys below MODEL.FCOS.
+        test: config keys below TEST.
+    """
+    bounds = [64.0 * 2**level for level in range(len(strides) - 1)]
+    keys = {"SIZES_OF_INTEREST": bounds, **MSAD_FCOS, **settings}
+    return build_given(
+        "OpenMMLabFCOS", strides, {f"FCOS.{key}": value for key, value in keys.items()}, maps=maps, test=test
     )
 
 
 def maps_of(case: Case, name: str) -> list[torch.Tensor]:
-    return [case.tensor(f"{name}_{level}") for level in range(NUM_LEVELS)]
+    """Recorded maps ``<name>_<level>``."""
+    count = sum(key.startswith(f"{name}_") and key[len(name) + 1 :].isdigit() for key in case.arrays)
+    return [case.tensor(f"{name}_{level}") for level in range(count)]
 
 
-def unshared(state: dict[str, torch.Tensor], num_shared: int) -> dict[str, torch.Tensor]:
-    """The blocks that both towers share, in front of each of them."""
+def unshared(state: Mapping[str, torch.Tensor], num_shared: int) -> dict[str, torch.Tensor]:
+    """The blocks that both towers share, before each of them."""
     result = {}
     for name, value in state.items():
         tower, _, rest = name.partition(".")
@@ -54,15 +66,19 @@ def unshared(state: dict[str, torch.Tensor], num_shared: int) -> dict[str, torch
 def check_head(case: Case) -> None:
     params, maps = case.data["params"], maps_of(case, "x")
     shared, own = params["num_share_convs"], params["num_cls_convs"]
-    assert own == params["num_box_convs"] and params["use_scale"]
+    assert own == params["num_box_convs"] and maps[0].shape[1] == params["channels"]
     model = msad_fcos(
-        maps, [8, 16, 32, 64, 128], params["num_classes"], num_convs=shared + own, norm=params["norm"]
+        [8 * 2**level for level in range(len(maps))],
+        {"NUM_CLASSES": params["num_classes"], "NUM_CONVS": shared + own, "NORM": params["norm"]},
+        maps,
     )
+    assert (model.head.scales is not None) == params["use_scale"]
     state = {key[2:]: case.tensor(key).float() for key in case.arrays if key.startswith("w.")}
+    assert set(state) == set(case.data["state_dict_keys"])
     model.head.load_state_dict(head_names(unshared(state, shared)))
     with torch.no_grad():
         outputs = dict(zip(model.head.predictors, model.head(maps)))
-    for level in range(NUM_LEVELS):
+    for level in range(len(maps)):
         assert_recorded(case, f"logits_{level}", outputs["logits"][level])
         # Here the decoding of boxes clamps them.
         assert_recorded(case, f"reg_{level}", outputs["deltas"][level].relu())
@@ -71,32 +87,35 @@ def check_head(case: Case) -> None:
 
 def check_detect(case: Case) -> None:
     params = case.data["params"]
-    logits = maps_of(case, "logits")
+    recorded = {"logits": "logits", "deltas": "reg", "centerness": "ctr"}
+    predictions = {output: maps_of(case, name) for output, name in recorded.items()}
     model = msad_fcos(
-        logits,
-        params["strides"],
-        params["num_classes"],
-        test_score_thresh=params["pre_nms_thresh"],
-        test_topk_candidates=params["pre_nms_topk"],
-        test_nms_thresh=params["nms_thresh"],
-        max_detections_per_image=params["post_nms_topk"],
-        thresh_with_ctr=params["thresh_with_ctr"],
-        head={"norm": ""},
+        list(params["strides"]),
+        {
+            "NUM_CLASSES": params["num_classes"],
+            "SCORE_THRESH_TEST": params["pre_nms_thresh"],
+            "TOPK_CANDIDATES_TEST": params["pre_nms_topk"],
+            "NMS_THRESH_TEST": params["nms_thresh"],
+            "THRESH_WITH_CTR": params["thresh_with_ctr"],
+        },
+        DETECTIONS_PER_IMAGE=params["post_nms_topk"],
     )
-    images = ImageList.from_tensors([torch.zeros(3, *size) for size in params["image_sizes"]])
-    predictions = [logits, maps_of(case, "reg"), maps_of(case, "ctr")]
-    found = model.forward_inference(images, logits, predictions)
-    for index, (detections, size) in enumerate(zip(found, params["image_sizes"])):
-        assert detections.image_size == tuple(size)
+    sizes = [tuple(size) for size in params["image_sizes"]]
+    run = given_run(model, predictions, sizes)
+    images = ImageList.from_tensors([torch.zeros(3, *size) for size in sizes])
+    found = model.forward_inference(images, list(run.features.values()), list(predictions.values()))
+    for index, (detections, size) in enumerate(zip(found, sizes)):
+        assert detections.image_size == size
         assert len(detections) == case.data["num_detections"][index]
-        recorded = {name: case.tensor(f"{name}_{index}") for name in ("boxes", "scores", "classes")}
+        expected = {name: case.tensor(f"{name}_{index}") for name in ("boxes", "scores", "classes")}
         ours = {
             "boxes": detections.pred_boxes.tensor,
             "scores": detections.scores,
             "classes": detections.pred_classes,
         }
         assert (detections.scores.diff() <= 0).all()
-        assert_same_rows(case, index, ours, recorded)
+        assert_same_rows(case, index, ours, expected)
+        assert_locations(case, index, run)
 
 
 def assert_same_rows(case: Case, image: int, actual: dict, expected: dict) -> None:
@@ -108,6 +127,17 @@ def assert_same_rows(case: Case, image: int, actual: dict, expected: dict) -> No
         keys = sorted(range(len(table)), key=lambda row: [round(x, 2) for x in table[row].double().tolist()])
         ordered.append(table[keys])
     assert_close(case, f"image {image}", *ordered)
+
+
+def assert_locations(case: Case, image: int, run) -> None:
+    """Each recorded detection is what is decoded at the recorded location."""
+    centers = run.grid.centers
+    decoded = run.staged.decode(run.grid, run.outputs["deltas"])[image]
+    locations = case.tensor(f"locations_{image}")
+    at = (locations[:, None] == centers).all(dim=-1)
+    assert (at.sum(dim=1) == 1).all()
+    rows = at.float().argmax(dim=1)
+    assert_close(case, f"locations of image {image}", decoded[rows], case.tensor(f"boxes_{image}"))
 
 
 CHECKS = {"head": check_head, "detect": check_detect}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Sequence
+from typing import Any, Callable
 
 import torch
-import torchvision
+from detectron2.layers import get_norm
 from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import nn
+from torchvision.models._utils import _make_divisible
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from d2_distill.backbones.slimmable import Slimmable
@@ -17,6 +19,7 @@ from d2_distill.config.keys import get_distill_cfg
 
 from ..cases import Case
 from ..dispatch import assert_recorded, assert_recorded_gradient
+from ..openmmlab import set_keys
 
 
 class OneLayer(Slimmable):
@@ -44,6 +47,19 @@ def published(case: Case, prefix: str, new_prefix: str = "") -> dict[str, torch.
     }
 
 
+def norm_of(text: str, channels: int) -> nn.Module:
+    """Our batch norm, which has the recorded options, "BN eps 1e-5 momentum 0.1"."""
+    name, _, eps, _, momentum = text.split()
+    norm = get_norm(name, channels)
+    assert (norm.eps, norm.momentum) == (float(eps), float(momentum))
+    return norm
+
+
+def assert_widths(channels: Sequence[int], widths: Sequence[float], rounded: Callable[[float], int]) -> None:
+    """The channels at each width, of which the last is 1, are those of the whole network times the width."""
+    assert list(channels) == [rounded(channels[-1] * width) for width in widths] and widths[-1] == 1
+
+
 def check_conv(case: Case) -> None:
     params = case.data["params"]
     state = {
@@ -51,12 +67,19 @@ def check_conv(case: Case) -> None:
         **published(case, "sbn.", "features.0.1."),
     }
     assert is_slimmable(state)
+    assert_widths(params["out_channels_list"], params["width_mult_list"], int)
     channels = zip(params["in_channels_list"], params["out_channels_list"], params["groups_list"])
     for index, (in_channels, out_channels, groups) in enumerate(channels):
         conv = nn.Conv2d(
-            in_channels, out_channels, params["kernel"], params["stride"], params["padding"], groups=groups, bias=False
+            in_channels,
+            out_channels,
+            params["kernel"],
+            params["stride"],
+            params["padding"],
+            groups=groups,
+            bias=params["bias"],
         )
-        norm = nn.BatchNorm2d(out_channels)
+        norm = norm_of(params["norm"], out_channels)
         load_slice(OneLayer(nn.Sequential(conv, norm), index), state)
         x = conv(case.tensor(f"x_{index}"))
         assert_recorded(case, f"conv_out_{index}", x)
@@ -71,8 +94,12 @@ def check_conv(case: Case) -> None:
         assert_recorded_gradient(case, f"conv_wgrad_of_sumsq_{index}", whole)
 
 
-def check_block(case: Case, make: Callable[[int, int, int], nn.Module]) -> None:
-    params = case.data["params"]
+def check_block(
+    case: Case, make: Callable[[int, int, int], nn.Module], rounded: Callable[[float], int]
+) -> None:
+    params, widths = case.data["params"], list(case.data["params"]["width_mult_list"])
+    for channels in (params["inp"], params["outp"]):
+        assert_widths(channels, widths, rounded)
     for index, channels in enumerate(zip(params["inp"], params["outp"])):
         block = make(*channels, params["stride"]).eval()
         load_slice(OneLayer(block, index), published(case, "w.", "features.0."))
@@ -80,34 +107,54 @@ def check_block(case: Case, make: Callable[[int, int, int], nn.Module]) -> None:
 
 
 def check_bottleneck(case: Case) -> None:
+    assert case.data["params"]["expand_ratio"] is None
     check_block(
         case,
         lambda inp, out, stride: BottleneckBlock(inp, out, bottleneck_channels=out // 4, stride=stride, norm="BN"),
+        int,
     )
 
 
 def check_inverted_residual(case: Case) -> None:
     expansion = case.data["params"]["expand_ratio"]
-    check_block(case, lambda inp, out, stride: InvertedResidual(inp, out, stride, expansion, nn.BatchNorm2d))
+    check_block(
+        case,
+        lambda inp, out, stride: InvertedResidual(inp, out, stride, expansion, nn.BatchNorm2d),
+        lambda channels: _make_divisible(channels, 8),
+    )
 
 
-def slimmable_cfg(builder: str, width: float, widths: tuple[float, ...], **fpn):
+def slimmable_cfg(builder: str, width: float, widths: Sequence[float], **settings: Any):
+    """
+    Args:
+        settings: config keys below MODEL, with "_" for the first dot.
+    """
     cfg = get_distill_cfg()
-    cfg.MODEL.BACKBONE.NAME = f"build_slimmable_{builder}_fpn_backbone"
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.SLIMMABLE.WIDTH_MULT = width
-    cfg.MODEL.SLIMMABLE.WIDTH_MULT_LIST = list(widths)
-    cfg.MODEL.FPN.merge_from_list([item for pair in fpn.items() for item in pair])
-    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    set_keys(cfg, {
+        "BACKBONE.NAME": f"build_slimmable_{builder}_fpn_backbone",
+        "BACKBONE.FREEZE_AT": 0,
+        "SLIMMABLE.WIDTH_MULT": width,
+        "SLIMMABLE.WIDTH_MULT_LIST": list(widths),
+        "FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+        **{key.replace("_", ".", 1): value for key, value in settings.items()},
+    })
     return cfg
 
 
 def check_r50_fpn(case: Case) -> None:
     params = case.data["params"]
-    for index, width in enumerate(params["width_mult_list"]):
+    widths = list(params["width_mult_list"])
+    for index, width in enumerate(widths):
         cfg = slimmable_cfg(
-            "resnet", width, params["width_mult_list"], OUT_CHANNELS=params["fpn_out_channels"],
-            TOP_BLOCK_IN_FEATURE="res5", TOP_BLOCK_RELU=True,
+            "resnet",
+            width,
+            widths,
+            SLIMMABLE_DEPTH=params["depth"],
+            FPN_OUT_CHANNELS=params["fpn_out_channels"],
+            FPN_FUSE_TYPE=params["fuse_type"],
+            FPN_NORM=params["fpn_norm"],
+            FPN_TOP_BLOCK_IN_FEATURE="res5",
+            FPN_TOP_BLOCK_RELU=True,
         )
         backbone = build_backbone(cfg).eval()
         load_slice(backbone.bottom_up, published(case, "bottom_up."))
@@ -124,32 +171,32 @@ def check_r50_fpn(case: Case) -> None:
             assert_recorded(case, f"out{index}.{name}", output)
 
 
+def _stages(builder: str, width: float, widths: Sequence[float]) -> tuple[dict[str, int], dict[str, int]]:
+    """Channels and strides of res1, which is in front of any pooling, to res5."""
+    bottom_up = build_backbone(slimmable_cfg(builder, width, widths)).bottom_up
+    first = next(module for module in bottom_up.modules() if isinstance(module, nn.Conv2d))
+    shapes = bottom_up.output_shape().items()
+    channels = {"res1": first.out_channels, **{name: shape.channels for name, shape in shapes}}
+    return channels, {"res1": first.stride[0], **{name: shape.stride for name, shape in shapes}}
+
+
 def check_channel_tables(case: Case) -> None:
-    resnets = {
-        float(name[len("r50_") :]): channels for name, channels in case.data["slimmable_r50_output_shape"].items()
-    }
-    mobilenets = {float(width): entry["actual"] for width, entry in case.data["slimmable_mobilenetv2"].items()}
-    for builder, table in (("resnet", resnets), ("mobilenet_v2", mobilenets)):
-        for width, channels in table.items():
-            bottom_up = build_backbone(slimmable_cfg(builder, width, tuple(table))).bottom_up
-            found = {name: shape.channels for name, shape in bottom_up.output_shape().items()}
-            first = next(module for module in bottom_up.modules() if isinstance(module, nn.Conv2d))
-            assert {"res1": first.out_channels, **found} == channels, (builder, width)
-            strides = {name: shape.stride for name, shape in bottom_up.output_shape().items()}
-            assert strides == {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
-    check_divisible(case.data["make_divisible_of_channels_times_width"])
-
-
-def check_divisible(table: dict[str, dict[str, int]]) -> None:
-    """Rounded channels against those of torchvision's layers, which never have fewer than 8 of them."""
-    ends = {"16": 1, "24": 2, "32": 4, "64": 7, "96": 11, "160": 14, "320": 17, "1280": 18}
-    for width in table["16"]:
-        with torch.device("meta"):
-            layers = torchvision.models.MobileNetV2(width_mult=float(width)).features
-        for channels, end in ends.items():
-            # The last layer is not narrowed; of less than 4 channels the published rounding makes 9, not 8.
-            if float(width) >= (1 if channels == "1280" else 4 / int(channels)):
-                assert layers[end].out_channels == table[channels][width], (channels, width)
+    resnets = {float(name.rpartition("_")[2]): x for name, x in case.data["slimmable_r50_output_shape"].items()}
+    for width, recorded in resnets.items():
+        channels, strides = _stages("resnet", width, list(resnets))
+        assert channels == recorded and list(strides.values()) == [2, 4, 8, 16, 32]
+    mobilenets = {float(width): x for width, x in case.data["slimmable_mobilenetv2"].items()}
+    whole, _ = _stages("mobilenet_v2", 1.0, [1.0])
+    for width, recorded in mobilenets.items():
+        channels, strides = _stages("mobilenet_v2", width, list(mobilenets))
+        assert recorded["actual"] == channels and recorded["actual_stride"] == strides
+        # The reference's own table does not round to multiples, as its layers do.
+        declared = {name: int(channels * width) for name, channels in whole.items()}
+        assert recorded["declared_by_reference"] == declared
+    for channels, table in case.data["make_divisible_of_channels_times_width"].items():
+        for width, rounded in table.items():
+            # torchvision's layers have 8 channels at least; the published rounding has no such bound.
+            assert rounded == _make_divisible(int(channels) * float(width), 8, min_value=1), (channels, width)
 
 
 CHECKS = {
