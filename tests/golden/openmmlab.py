@@ -74,6 +74,7 @@ def given_cfg(
     Args:
         settings: config keys below MODEL.
     """
+    assert all(coarse == 2 * fine for fine, coarse in zip(strides, strides[1:])), f"no pyramid has strides {strides}"
     cfg = get_distill_cfg()
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.NAME = architecture, "cpu", "GivenMaps"
     cfg.MODEL.GIVEN_MAPS = CfgNode({"CHANNELS": [channels] * len(strides), "STRIDES": list(strides)})
@@ -179,6 +180,7 @@ def given_run(
     """
     staged = stage_detector(model)
     first = predictions["logits"][0]
+    assert_channels(model, predictions)
     sides = [side * staged.strides[0] for side in first.shape[-2:]]
     if not model.backbone.maps:
         channels = next(iter(model.backbone.output_shape().values())).channels
@@ -189,6 +191,20 @@ def given_run(
         output: [in_our_order(model, x, dim=1) for x in levels] for output, levels in predictions.items()
     }
     return run
+
+
+def assert_channels(model: nn.Module, predictions: Mapping[str, Sequence[torch.Tensor]]) -> None:
+    """Prediction maps are such as the model's layers would return."""
+    for output, levels in predictions.items():
+        if output in model.head.predictors:
+            _, layer = model.head.predictors[output]
+            assert {x.shape[1] for x in levels} == {layer.out_channels}, output
+
+
+def recorded_labels(labels: torch.Tensor, weights: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Recorded labels as ours, which are -1 for anchors of weight 0; the reference calls those background."""
+    assert set(weights.unique().tolist()) <= {0, 1} and (labels[weights == 0] == num_classes).all()
+    return labels.masked_fill(weights == 0, -1)
 
 
 def assignment_of(labels: torch.Tensor, boxes: torch.Tensor, num_classes: int) -> Assignment:

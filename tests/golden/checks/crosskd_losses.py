@@ -153,8 +153,8 @@ def check_pkd(case: Case) -> None:
 def check_align(case: Case) -> None:
     options, student = case.data["options"], case.tensor("in.student_feat").requires_grad_()
     assert options["eps"] == EPS
-    axes, _, _ = options["axes"].partition(" per channel, one level at a time")
-    assert tuple("NCHW".index(axis) for axis in axes.split(",")) == IMAGES_AND_LOCATIONS
+    axes = ",".join("NCHW"[axis] for axis in IMAGES_AND_LOCATIONS)
+    assert options["axes"] == f"{axes} per channel, one level at a time"
     centered = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
     unbiased = centered.std(dim=IMAGES_AND_LOCATIONS, keepdim=True, unbiased=options["unbiased_std"])
     torch.testing.assert_close(deviation(centered), unbiased)

@@ -60,7 +60,7 @@ def all_positions(run: DenseRun) -> Sequence[torch.Tensor]:
 
 def blank_run(model: nn.Module, grids: Sequence[Sequence[int]]) -> DenseRun:
     """A run over grids of the given sizes, on an image in which every box lies."""
-    maps = [torch.zeros(1, model.anchor_generator.num_anchors[0], *grid) for grid in grids]
+    maps = [torch.zeros(1, model.head.cls_score.out_channels, *grid) for grid in grids]
     return openmmlab.given_run(model, {"logits": maps}, [(10**5, 10**5)])
 
 

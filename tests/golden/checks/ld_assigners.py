@@ -76,12 +76,22 @@ def check_assign(case: Case) -> None:
         actual["out_vlr"] = ld.valuable.values(run, None)[0]
     else:  # the reference returns nothing of use here
         assert not ld.valuable.values(run, None).any()
+    assert params["ties"] == _has_ties(run)
     if params["ties"]:
         _assert_tie_break(case, run, ld)
         for key in ("out_gt_inds", "out_labels", "out_iou_threshold", "out_max_overlaps", "out_vlr"):
             del actual[key]
     for key, value in actual.items():
         assert_recorded(case, key, value)
+
+
+def _has_ties(run: DenseRun) -> bool:
+    """Whether it is open which of equally distant anchors is a candidate of a box."""
+    anchors, boxes = Boxes.cat(run.anchors), run.truth.boxes[0]
+    distances = torch.cdist(Boxes(boxes).get_centers().double(), anchors.get_centers().double())
+    topk = run.staged.atss_topk
+    levels = [level.sort(dim=1).values for level in distances.split(level_sizes(run), dim=1)]
+    return any((x[:, topk] - x[:, topk - 1] < 1e-6).any() for x in levels if x.shape[1] > topk)
 
 
 def _overlaps(anchors: torch.Tensor, boxes: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:

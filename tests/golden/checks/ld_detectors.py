@@ -12,7 +12,7 @@ from d2_distill.detectors.box_coders import DistributionCoder
 from ..cases import Case
 from ..dispatch import assert_recorded
 from ..ld_runs import REG_MAX, STRIDES, maps_of
-from ..openmmlab import build_given, given_run, level_sizes, load_head
+from ..openmmlab import assert_channels, build_given, given_run, level_sizes, load_head
 
 # Name of a suppression -> TEST.NMS.
 NMS = {"nms": "nms", "voting_cluster_diounms": "voting_cluster_diou_nms"}
@@ -105,6 +105,7 @@ def check_inference(case: Case) -> None:
         maps=[x.new_zeros(len(x), 1, *x.shape[-2:]) for x in logits],
         test={"NMS": NMS[case.name.split("_", 2)[2]], "DETECTIONS_PER_IMAGE": params["max_per_img"]},
     ).eval()
+    assert_channels(model, {"logits": logits, "deltas": deltas})
     model.head.register_forward_hook(lambda *_: [logits, deltas])
     image = {"image": torch.zeros(3, height, width)}
     image.update(height=round(height / y_scale), width=round(width / x_scale))

@@ -67,6 +67,7 @@ def ld_settings(case: Case, runs: RecordedRuns) -> dict[str, Any]:
 def distillation(case: Case, runs: RecordedRuns) -> dict[str, torch.Tensor]:
     """Weighted terms of LD and of the imitation; "loss_kd_vlr" as it was before the published code's factor."""
     params = case.data["params"]
+    assert "in_s_x0" in case.arrays or not params.get("im_weight")
     settings = {f"LD.{key}": value for key, value in ld_settings(case, runs).items()}
     if "out_vlr_kd_raw" in case.arrays or params.get("vlr_kd_multiplier"):
         classes = params["loss_kd"]
