@@ -21,6 +21,7 @@ from .config.reading import read_config
 from .data.classes import dataset_classes, with_classes
 from .detectors.building import build_detector, num_classes_key
 from .errors import UserError
+from .layers.memory_format import in_fast_layout
 from .staged import Run, StagedDetector, Taps, stage_detector
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class Teacher:
             load_exactly(model, teacher_cfg.MODEL.WEIGHTS, key="MODEL.DISTILL.TEACHER.WEIGHTS")
         classes, lacks = _take_classes(cfg, teacher_cfg, stage_detector(model))
         return cls(
-            model.to(memory_format=torch.channels_last),
+            in_fast_layout(model),
             input_format=teacher_cfg.INPUT.FORMAT,
             classes=classes,
             lacks=lacks,

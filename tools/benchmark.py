@@ -39,6 +39,7 @@ from d2_distill.engine.trainer import Trainer
 from d2_distill.errors import UserError, reported
 from d2_distill.evaluation.complexity import count_parameters, flops_by_module
 from d2_distill.evaluation.speed import seconds_in_turns, seconds_of, synthetic_batch
+from d2_distill.layers.memory_format import in_fast_layout
 from d2_distill.staged import DenseRun, stage_detector
 from d2_distill.teacher import teacher_config
 
@@ -64,7 +65,7 @@ Batch = list[dict[str, Any]]
 
 
 def training_step(model: nn.Module, cfg: CfgNode, batch: Batch) -> Callable[[], None]:
-    model = model.to(memory_format=torch.channels_last).train()  # as the trainer does
+    model = in_fast_layout(model.train())  # as the trainer does
     optimizer = build_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # an untrained detector would soon diverge, and stop at a loss that is not finite
@@ -231,7 +232,7 @@ def benchmark_inference(cfg: CfgNode, args: argparse.Namespace) -> None:
     model = build_detector(cfg)
     if cfg.MODEL.WEIGHTS:
         load_exactly(model, cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
-    model = model.to(memory_format=torch.channels_last).eval()
+    model = in_fast_layout(model.eval())
     seconds: list[float] = []
     with torch.no_grad():
         for number, batch in enumerate(itertools.islice(images, args.max_images), start=1):

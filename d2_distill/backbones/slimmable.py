@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+import torchvision
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 from torch import nn
+from torchvision.models.mobilenetv2 import InvertedResidual
 
 from ..config.keys import extend_config
 from ..errors import UserError
@@ -114,15 +117,30 @@ class SlimmableMobileNetV2(Slimmable, MobileNetV2):
     Args:
         width_mult, norm, out_features, freeze_at: see MobileNetV2.
         width_index: see :class:`Slimmable`.
+        widths: all widths of the slimmable network, which share its residual connections.
     """
 
-    def __init__(self, *, width_index: int, **options: Any) -> None:
+    def __init__(self, *, width_index: int, widths: Sequence[float], **options: Any) -> None:
         super().__init__(activation="ReLU6", same_padding=False, out_stages=(1, 2, 4, 7), **options)
         self.width_index = width_index
+        _keep_shared_residuals(self.features, widths)
 
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
         for name, layer in self.features.named_children():
             yield f"features.{name}", layer
+
+
+def _keep_shared_residuals(layers: nn.Sequential, widths: Sequence[float]) -> None:
+    """Drop the residual connections of blocks that change the number of channels at any of the widths.
+
+    Rounding to multiples of 8 can make the channels before and after a block equal at one width only: 32 and 16
+    are both 8 at width 0.25.
+    """
+    with torch.device("meta"):
+        networks = [torchvision.models.MobileNetV2(width_mult=width).features for width in widths]
+    for layer, *of_all_widths in zip(layers, *networks):
+        if isinstance(layer, InvertedResidual):
+            layer.use_res_connect = all(block.use_res_connect for block in of_all_widths)
 
 
 @BACKBONE_REGISTRY.register()
@@ -143,7 +161,8 @@ def build_slimmable_mobilenet_v2_fpn_backbone(cfg, input_shape: ShapeSpec) -> FP
     Raises:
         UserError: a key of ``MODEL.SLIMMABLE`` or ``MODEL.FPN`` does not fit.
     """
-    return build_pyramid(cfg, SlimmableMobileNetV2(**_options(cfg, input_shape)))
+    options = _options(cfg, input_shape)
+    return build_pyramid(cfg, SlimmableMobileNetV2(widths=cfg.MODEL.SLIMMABLE.WIDTH_MULT_LIST, **options))
 
 
 def _options(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:

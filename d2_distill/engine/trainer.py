@@ -23,6 +23,7 @@ from ..distiller import Distiller
 from ..errors import UserError
 from ..evaluation.coco import CheckedCOCOEvaluator
 from ..evaluation.voc import VOCEvaluator
+from ..layers.memory_format import in_fast_layout
 from .hooks import LossNormalizers, SeedEveryStep, StopOnSignal, TrainingClock
 from .optimizer import build_optimizer
 
@@ -40,8 +41,7 @@ class Trainer(DefaultTrainer):
         super(DefaultTrainer, self).__init__()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
-        # Convolutions are up to a third faster in this layout, on the CPU too.
-        model = model.to(memory_format=torch.channels_last)
+        model = in_fast_layout(model)
         optimizer = self.build_optimizer(cfg, model)
         trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._seeding = SeedEveryStep(cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed())

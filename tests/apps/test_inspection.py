@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -114,6 +116,30 @@ def test_unusable_images(tmp_path):
     assert sentences(found, problems.DEEP_COLOUR) == [f"the image {folder}/3.png has more than 8 bits"]
     [found] = inspected(row, decode=False)
     assert sentences(found, problems.BAD_IMAGE)[0] == turned and len(sentences(found, problems.BAD_IMAGE)) == 2
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_warnings_of_images_are_silent_and_their_filters_stay(tmp_path, monkeypatch, decode):
+    """Filters belong to the process: only the thread that calls may set and restore them."""
+    row = write_coco(tmp_path, sizes=(WIDE,) * 8)
+    (tmp_path / "images" / "5.png").write_bytes(b"no image")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 60 - 1)  # Pillow warns of every image
+    entered, enter = [], warnings.catch_warnings.__enter__
+
+    def recorded(self):
+        entered.append(threading.current_thread())
+        return enter(self)
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        filters = list(warnings.filters)
+        monkeypatch.setattr(warnings.catch_warnings, "__enter__", recorded)
+        [found] = inspected(row, decode=decode)
+        monkeypatch.undo()
+        assert warnings.filters == filters
+    assert set(entered) == {threading.current_thread()} and not shown
+    [fault] = sentences(found, problems.BAD_IMAGE)
+    assert "5.png cannot be read" in fault
 
 
 def test_images_turned_by_their_metadata(tmp_path):

@@ -12,7 +12,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
-from d2_distill.backbones.slimmable import SlimmableResNet
+from d2_distill.backbones.slimmable import SlimmableMobileNetV2, SlimmableResNet
 from d2_distill.checkpoint.exact import load_exactly
 from d2_distill.checkpoint.slimmable import is_slimmable, of_one_width
 from d2_distill.engine.trainer import Trainer
@@ -82,16 +82,31 @@ def test_every_width_is_the_published_networks(networks, network, index):
     assert not any("bn." in name for name in bottom_up.state_dict())
 
 
-@pytest.mark.parametrize("depth", [101, 152])
-def test_deeper_resnets(depth):
-    published = PublishedResNet(SMALL, {101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth])
-    network = SlimmableResNet(
-        depth=depth, width_mult=SMALL[1], width_index=1, norm="BN", out_features=FEATURES, freeze_at=0
-    )
-    network.load_state_dict(of_one_width(published.state, network))
+@pytest.mark.parametrize("depth", [50, 101, 152])
+def test_every_depth_at_every_width(depth):
+    published = PublishedResNet(SMALL, {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth])
     image = torch.rand(1, 3, 64, 64)
-    with torch.no_grad():
-        assert_same_features(network.eval()(image), published(1, image))
+    for index, width in enumerate(SMALL):
+        network = SlimmableResNet(
+            depth=depth, width_mult=width, width_index=index, norm="BN", out_features=FEATURES, freeze_at=0
+        )
+        network.load_state_dict(of_one_width(published.state, network))
+        with torch.no_grad():
+            assert_same_features(network.eval()(image), published(index, image))
+
+
+@pytest.mark.parametrize("widths", [RESNET_WIDTHS, (0.25, 1.0), (0.25, 0.35), (0.25,), (0.3, 0.4, 0.6, 0.9)])
+def test_residuals_of_mobilenet_v2_depend_on_all_widths(widths):
+    """At width 0.25 rounding makes 32 and 16 channels equal, but a residual is shared with the other widths."""
+    published = PublishedMobileNetV2(widths)
+    image = torch.rand(1, 3, 64, 64)
+    for index, width in enumerate(widths):
+        network = SlimmableMobileNetV2(
+            width_mult=width, width_index=index, widths=widths, norm="BN", out_features=FEATURES, freeze_at=0
+        )
+        network.load_state_dict(of_one_width(published.state, network))
+        with torch.no_grad():
+            assert_same_features(network.eval()(image), published(index, image))
 
 
 def test_width_1_is_torchvisions():

@@ -9,6 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from d2_distill.layers.memory_format import in_fast_layout
+
 from ..small_detectors import batch, build, detector_cfg
 
 FEATURES = ["res3", "res4", "res5"]
@@ -41,13 +43,13 @@ def frozen_layers(model: nn.Module) -> list[int]:
 
 
 def assert_every_parameter_is_trained(cfg: CfgNode) -> None:
-    """A step on the losses of a detector, in channels_last as in training, reaches all trainable parameters.
+    """A step on the losses of a detector, in the memory format of training, reaches all trainable parameters.
 
     The detector reads P3 to P7, so that none of these lacks a gradient.
     """
     cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [96], [128]]
-    model = build(cfg).train().to(memory_format=torch.channels_last)
+    model = in_fast_layout(build(cfg).train())
     with EventStorage():
         losses = model(batch())
     sum(losses.values()).backward()

@@ -125,7 +125,7 @@ def test_two_processes_train_like_one(models, case, tmp_path):
     multiprocessing.start_processes(_as_one_of_two, arguments, nprocs=2, start_method="fork")
     halves = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2)]
     for name, whole in losses_of(model, images).items():
-        assert not torch.isclose(halves[0][name], halves[1][name], rtol=0.01)
+        assert not torch.isclose(halves[0][name], halves[1][name], rtol=1e-3)
         torch.testing.assert_close((halves[0][name] + halves[1][name]) / 2, whole, rtol=1e-4, atol=1e-6)
 
 

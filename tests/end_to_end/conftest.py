@@ -75,7 +75,7 @@ def teacher(server, data, runs):
     folder = runs / "teacher"
     config = write_config(
         runs / "teacher.yaml", TINY, data,
-        {"MODEL": {"RESNETS": {"RES2_OUT_CHANNELS": 16}}, "OUTPUT_DIR": str(folder)},
+        {"MODEL": {"RESNETS": {"RES2_OUT_CHANNELS": 32}}, "OUTPUT_DIR": str(folder)},
         {"SOLVER": {"IMS_PER_BATCH": 4, "MAX_ITER": 40}},
     )
     server.run("--config-file", config).succeeded()

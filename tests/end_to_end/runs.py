@@ -31,7 +31,7 @@ TINY = {
         "RESNETS": {
             "DEPTH": 18,
             "STEM_OUT_CHANNELS": 8,
-            "RES2_OUT_CHANNELS": 8,
+            "RES2_OUT_CHANNELS": 16,
             "NORM": "BN",
             "OUT_FEATURES": ["res3", "res4", "res5"],
         },

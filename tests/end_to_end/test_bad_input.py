@@ -217,7 +217,7 @@ class TestData:
         image.write_bytes(b"no image")
         refuse(
             merged(config, {"DATASETS": {"TEST": [row[0]]}}), "--eval-only", "MODEL.WEIGHTS", teacher.weights,
-            "MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "DATALOADER.NUM_WORKERS", workers,
+            "MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "DATALOADER.NUM_WORKERS", workers,
             processes=processes, writes=True, says=["The image", image],
         )
 

@@ -22,7 +22,7 @@ from ..small_detectors import batch, build, detector_cfg, distiller_cfg, image_i
 CASE = "GeneralizedRCNN"
 BOTH = {"loss_crosskd_roi_cls", "loss_crosskd_roi_box"}
 # Another backbone than the student's.
-TEACHER = {"RESNETS__RES2_OUT_CHANNELS": 16}
+TEACHER = {"RESNETS__RES2_OUT_CHANNELS": 32}
 
 
 class Pair:

@@ -121,6 +121,6 @@ def test_mixed_precision(teachers):
     expected = ratios_of(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = ratios_of(model)
-    assert found == pytest.approx(expected, rel=0.2) and found != expected
+    assert found == pytest.approx(expected, rel=0.5) and found != expected
     losses = forward(model, batch())
     sum(losses.values()).backward()

@@ -15,6 +15,7 @@ from ...data.mapper import CheckedDatasetMapper
 from ...engine.evaluate import load_detector
 from ...evaluation.complexity import count_flops, count_parameters
 from ...evaluation.speed import seconds_in_turns
+from ...layers.memory_format import in_fast_layout
 from .runs import Run
 
 Record = dict[str, Any]  # an image and its annotations, in Detectron2's standard form
@@ -48,7 +49,7 @@ class Detector:
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
         cfg.MODEL.WEIGHTS = str(run.checkpoint)
         model = load_detector(cfg, weights_key=f"The run {run.folder}")
-        self.model = model.to(memory_format=torch.channels_last).eval()
+        self.model = in_fast_layout(model.eval())
         self.read = CheckedDatasetMapper(cfg, is_train=False)
 
     def detect(self, record: Record, threshold: float) -> Instances:

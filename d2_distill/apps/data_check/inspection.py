@@ -263,7 +263,9 @@ def inspect_images(
         return path, _look(records[path], decode=decode, digest=sizes[path] in shared)
 
     looks: dict[str, _Look] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # The filters of warnings belong to the process: threads that set and restore them would leave each other's.
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # Pillow's, of huge images and odd metadata
         try:
             for path, found in pool.map(look, sizes):
                 looks[path] = found
@@ -284,11 +286,9 @@ def inspect_images(
 def _look(record: dict, *, decode: bool, digest: bool) -> _Look:
     path = record["file_name"]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of huge images and odd metadata
-            with Image.open(path) as image:
-                deep, size = image.mode.startswith(("I", "F")), _turned_size(image)
-            picture = check_image_file(record) if decode else None
+        with Image.open(path) as image:
+            deep, size = image.mode.startswith(("I", "F")), _turned_size(image)
+        picture = check_image_file(record) if decode else None
         content = _digest(path) if digest else None
     except ImageFileError as error:
         return _Look(problem=str(error).rpartition(";")[0])

@@ -15,6 +15,7 @@ from torch import nn
 from ...data.classes import dataset_classes
 from ...engine.evaluate import load_detector
 from ...errors import UserError
+from ...layers.memory_format import in_fast_layout
 
 
 class Predictor:
@@ -40,8 +41,7 @@ class Predictor:
     ) -> None:
         if input_format not in ("BGR", "RGB"):
             raise UserError(f"INPUT.FORMAT is {input_format!r}; pictures can be given to a model as BGR or RGB.")
-        # Convolutions are faster in this layout.
-        self.model = model.eval().to(memory_format=torch.channels_last)
+        self.model = in_fast_layout(model.eval())
         self.resize = T.AugmentationList(list(resize))
         self.input_format = input_format
         self.class_names = list(class_names)
