@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from d2_distill.boxes.geometry import centers_of
 from d2_distill.boxes.overlaps import pairwise_overlaps
 from d2_distill.config.keys import get_distill_cfg
 from d2_distill.methods import build_methods
@@ -87,9 +88,8 @@ def check_assign(case: Case) -> None:
 
 def _has_ties(run: DenseRun) -> bool:
     """Whether it is open which of equally distant anchors is a candidate of a box."""
-    anchors, boxes = Boxes.cat(run.anchors), run.truth.boxes[0]
-    distances = torch.cdist(Boxes(boxes).get_centers().double(), anchors.get_centers().double())
-    topk = run.staged.atss_topk
+    distances = torch.cdist(centers_of(run.truth.boxes[0]).double(), run.grid.centers.double())
+    topk = run.staged.model.assigner.topk
     levels = [level.sort(dim=1).values for level in distances.split(level_sizes(run), dim=1)]
     return any((x[:, topk] - x[:, topk - 1] < 1e-6).any() for x in levels if x.shape[1] > topk)
 
