@@ -13,11 +13,12 @@ from tabulate import tabulate
 
 from ..errors import UserError
 from . import problems
-from .annotation_files import check_voc_annotations, coco_class_names
+from .coco_files import coco_class_names
 from .loaded import LoadedOnce, load_once, without_collection
 from .problems import Found, Problem, refusing
 from .records import check_image_files, check_records, is_crowd, usable_boxes
 from .registration import declared_names
+from .voc_files import check_voc_annotations
 
 logger = logging.getLogger(__name__)
 

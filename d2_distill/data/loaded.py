@@ -18,7 +18,7 @@ class Content(NamedTuple):
     Attributes:
         records: in Detectron2's standard form.
         metadata: what the read adds to the data set's metadata, e.g. the class names.
-        truth: what the evaluator compares with, see :func:`.annotation_files.coco_truth`; None if it reads its own file.
+        truth: what the evaluator compares with, see :func:`.coco_files.coco_truth`; None if it reads its own file.
     """
 
     records: Sequence[dict[str, Any]]

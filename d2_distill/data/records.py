@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -57,6 +58,11 @@ def usable_boxes(records: Sequence[dict]) -> int:
 
 def is_crowd(annotation: dict) -> bool:
     return bool(annotation.get("iscrowd", 0))
+
+
+def is_image_size(value: float) -> bool:
+    """Return whether a number is a width or height in pixels."""
+    return 0 < value < math.inf and value == int(value)
 
 
 def place_of(record: dict, number: int) -> str:

@@ -11,9 +11,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import UserError
 from . import problems
-from .annotation_files import category_numbers, check_voc_folder, coco_truth, read_coco, read_voc, voc_class_names
+from .coco_files import category_numbers, coco_truth, read_coco
 from .loaded import Content, LoadedOnce
 from .problems import Problem, refusing
+from .voc_files import check_voc_folder, read_voc, voc_class_names
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def register_datasets(cfg, names: Container | None = None) -> None:
 
     A COCO row is ``(name, json_file, image_root)``; its class list is that of the file, ordered by category
     id. A VOC row is ``(name, dirname, split, class_names, year)``; the year (2007, 2012) chooses the metric, and empty
-    class names are ``DATASETS.CLASSES`` or, where these are empty too, those of :func:`.annotation_files.voc_class_names`.
+    class names are ``DATASETS.CLASSES`` or, where these are empty too, those of :func:`.voc_files.voc_class_names`.
     Relative paths are below ``$DETECTRON2_DATASETS`` (default: ``datasets``). A COCO file is read here, files of Pascal
     VOC when their records are asked for; each only once, see :class:`.loaded.LoadedOnce`.
 

@@ -50,11 +50,13 @@ def _attempt(prepare: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def _hand_over(sentence: str | None, sets: dict[str, HandedOver]) -> None:
-    indices = {name: (each.records and each.records.index, each.metadata) for name, each in sets.items()}
+    indices = {
+        name: (None if each.records is None else each.records.index, each.metadata) for name, each in sets.items()
+    }
     dist.broadcast_object_list([sentence, indices], group=_cpu_group())
     # The contents go by themselves: pickled they would be copied several times.
     for each in sets.values():
-        if each.records:
+        if each.records is not None:
             dist.broadcast(each.records.content, 0, group=_cpu_group())
 
 
@@ -65,8 +67,8 @@ def _receive() -> tuple[str | None, dict[str, HandedOver]]:
     sets = {}
     for name, (index, metadata) in indices.items():
         records = None
-        if index:
-            records = PackedRecords(torch.empty(index.ends[-1], dtype=torch.uint8), index)
+        if index is not None:
+            records = PackedRecords(torch.empty(int(index.ends[-1]), dtype=torch.uint8), index)
             dist.broadcast(records.content, 0, group=_cpu_group())
         sets[name] = HandedOver(records, metadata)
     return sentence, sets

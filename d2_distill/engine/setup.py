@@ -19,13 +19,13 @@ from torch import nn
 from ..checkpoint.exact import require_file
 from ..config.model_zoo import find_config
 from ..config.reading import read_config
-from ..data.annotation_files import forget_parsed_files
 from ..data.checks import check_datasets
 from ..data.classes import dataset_classes, with_classes
 from ..data.loaded import keep_only
 from ..data.own_sets import name_data
 from ..data.registration import register_datasets
 from ..data.sharing import main_process_first
+from ..data.voc_files import forget_parsed_files
 from ..detectors.building import DISTILLER, build_detector
 from ..errors import UserError, sentence_of
 from ..evaluation.voc import voc_convention

@@ -7,12 +7,11 @@ import io
 import pickle
 from collections.abc import Iterator
 
-from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 
-from ..data.loaded import LoadedOnce
+from ..data.loaded import load_once
 
 
 class CheckedCOCOEvaluator(COCOEvaluator):
@@ -26,8 +25,7 @@ class CheckedCOCOEvaluator(COCOEvaluator):
     """
 
     def __init__(self, dataset_name: str, *, output_dir: str | None = None) -> None:
-        entry = DatasetCatalog[dataset_name]
-        truth = entry.truth if isinstance(entry, LoadedOnce) else None
+        truth = load_once(dataset_name).truth
         if truth is None and comm.is_main_process():
             super().__init__(dataset_name, output_dir=output_dir)
         else:

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
+from ..data.loaded import LoadedOnce
 from ..errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,9 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, *, eleven_point
     return (np.diff(recall, axis=1) * envelope).sum(axis=1)
 
 
+_Row = tuple[int, list[float], bool]  # number of the image, corners as written, whether difficult
+
+
 def read_objects(dirname: str, split: str, class_names: Sequence[str]) -> tuple[list[str], list[Objects]]:
     """The image ids of a split of a Pascal VOC folder, and the objects of each class as written in the files.
 
@@ -173,29 +177,42 @@ def read_objects(dirname: str, split: str, class_names: Sequence[str]) -> tuple[
     """
     with PathManager.open(os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")) as file:
         image_ids = [line.split()[0] for line in file if line.strip()]
-    rows: dict[str, list[tuple[int, list[float], bool]]] = {name: [] for name in class_names}
+    rows: list[list[_Row]] = [[] for _ in class_names]
     for number, image_id in enumerate(image_ids):
         with PathManager.open(os.path.join(dirname, "Annotations", f"{image_id}.xml")) as file:
             tree = ElementTree.parse(file)
         for item in tree.findall("object"):
             box = [float(item.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
             difficult = item.findtext("difficult", "0").strip() == "1"
-            rows[item.findtext("name")].append((number, box, difficult))
-    return image_ids, [
-        Objects(
-            images=np.array([number for number, _, _ in rows[name]], dtype=np.int64),
-            boxes=np.array([box for _, box, _ in rows[name]], dtype=np.float64).reshape(-1, 4),
-            difficult=np.array([difficult for _, _, difficult in rows[name]], dtype=bool),
-        )
-        for name in class_names
-    ]
+            rows[class_names.index(item.findtext("name"))].append((number, box, difficult))
+    return image_ids, [_objects(each) for each in rows]
+
+
+def objects_of_records(records: Sequence[dict[str, Any]], num_classes: int) -> tuple[list[str], list[Objects]]:
+    """Return the same as :func:`read_objects` of records that :func:`.voc_files.read_voc` has read."""
+    rows: list[list[_Row]] = [[] for _ in range(num_classes)]
+    for number, record in enumerate(records):
+        for annotation in record["annotations"]:
+            xmin, ymin, xmax, ymax = annotation["bbox"]
+            row = (number, [xmin + 1, ymin + 1, xmax, ymax], annotation["difficult"])
+            rows[annotation["category_id"]].append(row)
+    return [record["image_id"] for record in records], [_objects(each) for each in rows]
+
+
+def _objects(rows: Sequence[_Row]) -> Objects:
+    return Objects(
+        images=np.array([number for number, _, _ in rows], dtype=np.int64),
+        boxes=np.array([box for _, box, _ in rows], dtype=np.float64).reshape(-1, 4),
+        difficult=np.array([difficult for _, _, difficult in rows], dtype=bool),
+    )
 
 
 class VOCEvaluator(DatasetEvaluator):
     """Mean AP over the classes, in percent: AP (of ten IoU thresholds), AP50, AP75 and all of AP50 .. AP95.
 
     The data set's year decides between 11 points (2007) and area. In both conventions predictions get the 1
-    back that Detectron2's loader took from xmin and ymin, so that they compare with the files as written.
+    back that Detectron2's loader took from xmin and ymin, so that they compare with the files as written. These are read
+    only where the data set's records do not tell which objects are difficult; those of ``DATASETS.VOC`` do.
 
     Args:
         dataset_name: registered with ``register_pascal_voc``.
@@ -203,6 +220,7 @@ class VOCEvaluator(DatasetEvaluator):
     """
 
     def __init__(self, dataset_name: str, convention: str = "devkit") -> None:
+        self._dataset_name = dataset_name
         self._metadata = MetadataCatalog.get(dataset_name)
         self._convention_name = convention
         self._convention = voc_convention(convention)
@@ -236,7 +254,12 @@ class VOCEvaluator(DatasetEvaluator):
             logger.warning("There is nothing to evaluate: no image was processed.")
             return {}
         metadata = self._metadata
-        image_ids, objects = read_objects(metadata.dirname, metadata.split, metadata.thing_classes)
+        entry = DatasetCatalog[self._dataset_name]
+        records = entry() if isinstance(entry, LoadedOnce) else None
+        if records and all("difficult" in annotation for record in records for annotation in record["annotations"]):
+            image_ids, objects = objects_of_records(records, len(metadata.thing_classes))
+        else:
+            image_ids, objects = read_objects(metadata.dirname, metadata.split, metadata.thing_classes)
         numbers = {image_id: number for number, image_id in enumerate(image_ids)}
         images = np.repeat([numbers[x[0]] for x in predictions], [len(x[1]) for x in predictions])
         boxes, scores, classes = (np.concatenate([x[i] for x in predictions]) for i in (1, 2, 3))

@@ -13,11 +13,14 @@ from detectron2.data.datasets import register_pascal_voc
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 
 from d2_distill.config.keys import get_distill_cfg
+from d2_distill.data.problems import refusing
+from d2_distill.data.voc_files import read_voc
 from d2_distill.engine.setup import setup
 from d2_distill.engine.trainer import Trainer
 from d2_distill.errors import UserError
-from d2_distill.evaluation.voc import VOCEvaluator
+from d2_distill.evaluation.voc import VOCEvaluator, objects_of_records, read_objects
 
+from ..data import small_sets
 from ..embedded.detection_data import empty_output, outputs_of, registered, write_voc
 
 NAME = "test_voc"
@@ -261,3 +264,17 @@ def test_predictions_of_all_processes_are_gathered(voc, tmp_path):
         together = dict(results)
     assert together[1] is None
     assert together[0] == pytest.approx(alone, rel=1e-12)
+
+
+def test_objects_of_records_are_those_of_the_files(tmp_path):
+    """Of a split without objects, of difficult ones, and of corners between pixels."""
+    name = small_sets.write_voc(tmp_path, objects=([("cat", 3, 4, 10, 9), ("dog", 1.5, 4, 30, 20)], [], [("dog", 2, 2, 9, 9)]))[0]
+    path = tmp_path / "Annotations" / "2.xml"
+    path.write_text(path.read_text().replace("<difficult>0", "<difficult>1"))
+    records = read_voc(str(tmp_path), "train", ["cat", "dog", "cow"], refusing(name))
+    ours = objects_of_records(records, 3)
+    theirs = read_objects(str(tmp_path), "train", ["cat", "dog", "cow"])
+    assert ours[0] == theirs[0] == ["0", "1", "2"]
+    for left, right in zip(ours[1], theirs[1]):
+        assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(left, right))
+    assert [len(each.images) for each in ours[1]] == [1, 2, 0] and ours[1][1].difficult.tolist() == [False, True]

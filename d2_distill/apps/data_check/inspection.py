@@ -19,13 +19,14 @@ from PIL import Image
 
 from ...boxes.overlaps import pairwise_overlaps
 from ...data import problems
-from ...data.annotation_files import read_coco, read_voc, voc_class_names
 from ...data.checks import check_content, compare_classes, require_registered
+from ...data.coco_files import read_coco
 from ...data.mapper import ImageFileError, check_image_file, size_sentence
 from ...data.problems import Kind, Problem
 from ...data.records import boxes_xyxy, check_records, is_crowd, place_of
 from ...data.registration import CocoFiles, VocFiles, declared_files
 from ...data.subset import evenly_spread
+from ...data.voc_files import read_voc, voc_class_names
 from ...errors import UserError
 
 TINY_SIDE = 8.0  # pixels: a cell of the finest map that most one-stage detectors read
