@@ -39,6 +39,8 @@ class Trainer(DefaultTrainer):
         super(DefaultTrainer, self).__init__()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
+        if isinstance(model, Distiller):
+            model.prepare_training()  # before the optimizer, which is to train the adapters
         # Convolutions are up to a third faster in this layout, on the CPU too.
         model = model.to(memory_format=torch.channels_last)
         optimizer = self.build_optimizer(cfg, model)

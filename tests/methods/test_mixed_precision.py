@@ -22,7 +22,7 @@ from ..small_detectors import batch, distiller_cfg, save_teacher
 )
 def test_terms_are_taken_in_float32(case, methods, tmp_path):
     torch.manual_seed(0)
-    model = build_model(distiller_cfg(case, save_teacher(tmp_path, case), methods)).train()
+    model = build_model(distiller_cfg(case, save_teacher(tmp_path, case), methods)).prepare_training().train()
     assert isinstance(model, Distiller)
     with EventStorage(3000), torch.autocast("cpu", torch.bfloat16):
         losses = model(batch())
