@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
 from d2_distill.engine import Trainer, evaluate, list_choices, parse_arguments, setup, start
 
 

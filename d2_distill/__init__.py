@@ -1,4 +1,7 @@
-"""Distillation of object detectors, a Detectron2 project extension."""
+"""Distillation of object detectors, a Detectron2 project extension.
+
+Importing it chooses the Detectron2 and registers the distiller, the detectors, the backbones and the methods.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,32 @@ from . import provider
 
 # fvcore scripts its losses while it is imported, so newer torch would warn at the start of every tool.
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
-provider.select()
+provider.select()  # before anything imports detectron2
 
-from . import methods  # noqa: E402, F401  registers all methods and their config keys, once Detectron2 is chosen
+from . import assistants, backbones, detectors, methods
+from .config.keys import add_distill_config
+from .data.registration import register_datasets
+from .detectors import TowerDetector
+from .detectors.building import build_detector
+from .distiller import Distiller
+from .errors import PairError, UserError
+from .methods import DISTILL_METHOD_REGISTRY, DistillMethod
+from .staged import StagedDense, StagedDetector, register_staged, stage_detector
+from .teacher import Teacher
+
+__all__ = [
+    "DISTILL_METHOD_REGISTRY",
+    "DistillMethod",
+    "Distiller",
+    "PairError",
+    "StagedDense",
+    "StagedDetector",
+    "Teacher",
+    "TowerDetector",
+    "UserError",
+    "add_distill_config",
+    "build_detector",
+    "register_datasets",
+    "register_staged",
+    "stage_detector",
+]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Callable
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import nn
@@ -18,7 +19,7 @@ from .methods import DistillMethod, build_methods
 from .methods.gradient_ratio import WeightedTerm, report_ratios, scalar_name
 from .methods.pairing import require_teacher
 from .methods.terms import check_value, require_complete, require_declared, require_own_names
-from .staged import Run, Taps, stage_detector
+from .staged import Run, StagedDetector, Taps, stage_detector
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ WEIGHT_SCALARS = "distill_weight"
 # Training steps of this process in which every term is checked: returned, finite, and with a path to the student.
 CHECKED_STEPS = 3
 
-
 @META_ARCH_REGISTRY.register()
 class Distiller(nn.Module):
     """In training, return the student's losses and one named scalar per distillation term; else be the plain student.
@@ -36,13 +36,18 @@ class Distiller(nn.Module):
     A method that has ended (:meth:`~d2_distill.methods.DistillMethod.has_ended`) is skipped, and its terms are 0. The
     teacher runs as long as a method reads it.
 
-    The teacher is held outside the module tree. Checkpoints are those of ``student`` (engine/trainer.py).
+    Its state dict is the student's, so each of its checkpoints is one of the plain student. The teacher is held outside
+    the module tree.
+
+    Built from a config, it is the student alone until :meth:`prepare_training`, or else the first training step, builds
+    teacher and methods. So evaluation needs neither.
 
     Args:
         student: any detector with a staged adapter.
         teacher: None for methods that need none.
         methods: name -> :class:`~d2_distill.methods.DistillMethod`.
         input_format: channel order of the student's images.
+        build_teaching: builds teacher and methods for the student when training starts, in place of those given.
         inherited: what the student starts with from the teacher, see :func:`inherit`.
         gradient_ratio_period: iterations between two reports of :mod:`~d2_distill.methods.gradient_ratio`; 0 for none.
     """
@@ -52,41 +57,97 @@ class Distiller(nn.Module):
         self,
         *,
         student: nn.Module,
-        teacher: Teacher | None,
-        methods: nn.ModuleDict,
+        teacher: Teacher | None = None,
+        methods: nn.ModuleDict | None = None,
         input_format: str,
+        build_teaching: Callable[[StagedDetector], tuple[Teacher | None, nn.ModuleDict]] | None = None,
         inherited: Sequence[str] = (),
         gradient_ratio_period: int = 0,
     ) -> None:
         super().__init__()
         self.student = student
         self.staged = stage_detector(student)
-        self.teacher = teacher
-        self.methods = methods
         self.input_format = input_format
-        self._normalises_alike = teacher is not None and teacher.normalises_like(student, input_format)
-        self._unchecked_steps = CHECKED_STEPS
         self._logged_ends: set[str] = set()
         self.inherited = inherited
         self.gradient_ratio_period = gradient_ratio_period
-        self.inherit()
+        self._unchecked_steps = CHECKED_STEPS
+        self._build_teaching = build_teaching
+        self._take(teacher, nn.ModuleDict() if methods is None else methods)
+        if build_teaching is None:
+            self.inherit()
 
     @classmethod
-    def from_config(cls, cfg) -> dict[str, Any]:
-        student = build_detector(cfg)
-        # The initialisation of teacher and adapters must not shift the random numbers of plain training.
-        # Models are made on the CPU; forking GPU generators as well would open every GPU of the machine.
-        with torch.random.fork_rng(devices=[]):
-            teacher = Teacher.from_config(cfg)
-            methods = build_methods(cfg, stage_detector(student), teacher)
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         return {
-            "student": student,
-            "teacher": teacher,
-            "methods": methods,
+            "student": build_detector(cfg),
+            "build_teaching": partial(_teaching_of, cfg.clone()),
             "input_format": cfg.INPUT.FORMAT,
             "inherited": tuple(cfg.MODEL.DISTILL.INHERIT),
             "gradient_ratio_period": cfg.MODEL.DISTILL.GRADIENT_RATIO_PERIOD,
         }
+
+    def prepare_training(self) -> Distiller:
+        """Build the teacher and the methods, whose adapters an optimizer built afterwards trains; return self.
+
+        Further calls change nothing.
+
+        Raises:
+            UserError: the teacher cannot be built or loaded, or a method cannot serve this pair.
+        """
+        if self._build_teaching is not None:
+            self._take(*self._built())
+            self.inherit()
+            self._build_teaching = None
+        return self
+
+    def _prepare_late(self, iteration: int) -> None:
+        """Prepare in the first training step of a trainer that does not know of :meth:`prepare_training`.
+
+        Raises:
+            UserError: there are adapters, which such a trainer has neither in its optimizer nor in its checkpoints.
+        """
+        teacher, methods = self._built()
+        adapted = [name for name, method in methods.items() if any(p.requires_grad for p in method.parameters())]
+        if adapted:
+            raise UserError(
+                f"MODEL.DISTILL.METHODS: {', '.join(adapted)} trains layers of its own, which this trainer would neither "
+                "train nor save; use d2_distill.engine.Trainer (train_net.py), or, in a training loop of your own, call "
+                "the distiller's prepare_training() before you build the optimizer."
+            )
+        self._take(teacher, methods)
+        if iteration == 0:  # a resumed run has what it inherited
+            self.inherit()
+        self._build_teaching = None
+
+    def _built(self) -> tuple[Teacher | None, nn.ModuleDict]:
+        # The initialisation of teacher and adapters must not shift the random numbers of plain training.
+        # Models are made on the CPU; forking GPU generators as well would open every GPU of the machine.
+        with torch.random.fork_rng(devices=[]):
+            return self._build_teaching(self.staged)
+
+    def _take(self, teacher: Teacher | None, methods: nn.ModuleDict) -> None:
+        self.teacher = teacher
+        self.methods = methods.to(self.device).train(self.training)
+        self._normalises_alike = teacher is not None and teacher.normalises_like(self.student, self.input_format)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the student's, with its names. That of the adapters is ``methods.state_dict()``."""
+        return self.student.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load what :meth:`state_dict` returns, or any checkpoint of the plain student."""
+        return self.student.load_state_dict(state_dict, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # fvcore's checkpointer gets the module of each name in the state dict whose shape differs.
+            student = self.__dict__.get("_modules", {}).get("student")
+            if student is None or name not in student._modules:
+                raise
+            return student._modules[name]
 
     def inherit(self) -> None:
         """Give the student what it inherits. To be called again when other weights were loaded into it."""
@@ -107,6 +168,8 @@ class Distiller(nn.Module):
         """Return a dict of losses in training and the student's detections in evaluation, as Detectron2 expects."""
         if not self.training:
             return self.student(batched_inputs)
+        if self._build_teaching is not None:
+            self._prepare_late(get_event_storage().iter)
         images = self.staged.preprocess(batched_inputs)
         gt_instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
         running = self._running_methods(get_event_storage().iter)
@@ -186,6 +249,12 @@ def wanted_taps(methods: Iterable[DistillMethod]) -> Taps:
         for branch, positions in method.taps().items():
             wanted[branch] = wanted.get(branch, frozenset()) | positions
     return wanted
+
+
+def _teaching_of(cfg: CfgNode, student: StagedDetector) -> tuple[Teacher | None, nn.ModuleDict]:
+    """Build what a config teaches the student with."""
+    teacher = Teacher.from_config(cfg)
+    return teacher, build_methods(cfg, student, teacher)
 
 
 def inherit(student: nn.Module, teacher: nn.Module, entries: Sequence[str]) -> None:

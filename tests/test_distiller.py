@@ -52,7 +52,7 @@ def teacher(teachers) -> SavedTeacher:
 
 def build_distiller(case, teacher, methods=(), **overrides) -> Distiller:
     torch.manual_seed(0)
-    return build_model(distiller_cfg(case, teacher, methods, **overrides)).train()
+    return build_model(distiller_cfg(case, teacher, methods, **overrides)).prepare_training().train()
 
 
 def forward(model, inputs, iteration: int = 0):
@@ -101,12 +101,44 @@ def test_checkpoint_restores_adapters(teacher, tmp_path):
     build_checkpointer(model, str(tmp_path)).save("model")
     other = build_distiller("RetinaNet", teacher, ["FeatureImitation", "PKD"])
     build_checkpointer(other, str(tmp_path)).load(str(tmp_path / "model.pth"))
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    for ours, theirs in ((model.student, other.student), (model.methods, other.methods)):
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
 def test_no_adapters_no_extra_key(teacher, tmp_path):
     build_checkpointer(build_distiller("RetinaNet", teacher, ["CrossKD", "PKD"]), str(tmp_path)).save("model")
     assert list(torch.load(tmp_path / "model.pth", weights_only=True)) == ["model"]
+
+
+def test_state_dict_is_the_students(teacher, tmp_path):
+    """So any checkpointer writes and reads the plain student, also around a wrapper such as DDP."""
+    model = build_distiller("RetinaNet", teacher, ["FeatureImitation"])
+    assert list(model.methods.state_dict()) and list(model.state_dict()) == list(model.student.state_dict())
+    wrapped = nn.DataParallel(model)
+    assert set(wrapped.state_dict()) == {f"module.{name}" for name in model.student.state_dict()}
+    plain = build(detector_cfg("RetinaNet"), salt=3)
+    DetectionCheckpointer(plain, str(tmp_path)).save("plain")
+    DetectionCheckpointer(wrapped, str(tmp_path)).load(str(tmp_path / "plain.pth"))
+    assert all(torch.equal(value, model.student.state_dict()[name]) for name, value in plain.state_dict().items())
+    DetectionCheckpointer(wrapped, str(tmp_path)).save("distilled")
+    saved = torch.load(tmp_path / "distilled.pth", weights_only=True)["model"]
+    plain.load_state_dict(saved, strict=True)
+    bias = saved["head.cls_score.bias"]
+    found = model.load_state_dict({"head.cls_score.bias": bias, "more": bias}, strict=False)
+    assert found.unexpected_keys == ["more"] and "head.cls_score.weight" in found.missing_keys
+
+
+def test_weights_of_other_classes_are_skipped(teacher, tmp_path, caplog):
+    """As with a plain detector: Detectron2 loads what fits, and names the rest."""
+    other = build(detector_cfg("RetinaNet", RETINANET__NUM_CLASSES=5), salt=3)
+    DetectionCheckpointer(other, str(tmp_path)).save("other")
+    model = build_model(distiller_cfg("RetinaNet", teacher))
+    before = model.student.head.cls_score.weight.clone()
+    DetectionCheckpointer(model).load(str(tmp_path / "other.pth"))
+    assert torch.equal(model.student.head.cls_score.weight, before)
+    assert torch.equal(model.student.head.bbox_pred.weight, other.head.bbox_pred.weight)
+    with pytest.raises(AttributeError, match="no_such_module"):
+        model.no_such_module
 
 
 # 2. The teacher is a guest.
@@ -117,7 +149,7 @@ def test_teacher_is_outside_the_module_tree(teacher):
     guest = model.teacher.model
     mine, theirs = ({id(x) for x in (*m.modules(), *m.parameters(), *m.buffers())} for m in (model, guest))
     assert not mine & theirs
-    assert {name.split(".")[0] for name in model.state_dict()} == {"student", "methods"}
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"student", "methods"}
     assert len(list(model.parameters())) == len(list(model.student.parameters())) + 6
 
 
@@ -323,8 +355,9 @@ def test_evaluation_builds_no_teacher(tmp_path):
     cfg.merge_from_list(["DATASETS.COCO", (row,), "DATASETS.TEST", (row[0],), "DATALOADER.NUM_WORKERS", 0])
     cfg.INPUT.MIN_SIZE_TEST, cfg.OUTPUT_DIR = 32, str(tmp_path)
     with pytest.raises(UserError, match="no file .*missing.yaml"):
-        build_model(cfg)
+        build_model(cfg).prepare_training()
 
+    assert len(build_model(cfg).eval()(batch())) == len(batch())
     register_datasets(cfg)
     DetectionCheckpointer(build_detector(cfg), str(tmp_path)).save("student")
     cfg.MODEL.WEIGHTS = str(tmp_path / "student.pth")
@@ -338,6 +371,39 @@ def test_distiller_in_evaluation_is_the_student(teacher):
     plain = build(detector_cfg("FCOS")).eval()
     for ours, theirs in zip(model(batch()), plain(batch())):
         assert torch.equal(ours["instances"].pred_boxes.tensor, theirs["instances"].pred_boxes.tensor)
+
+
+# A trainer that does not know of a teacher, such as Detectron2's.
+
+
+def test_first_step_builds_teacher_and_methods(teacher):
+    cfg = distiller_cfg("RetinaNet", teacher, ["CrossKD", "PKD"], DISTILL__INHERIT=("head.cls_subnet",))
+    models = []
+    for prepared in (True, False):
+        torch.manual_seed(0)
+        models.append(build_model(cfg).prepare_training() if prepared else build_model(cfg))
+    known, unknown = models
+    assert unknown.teacher is None and not unknown.methods and known.methods
+    random_state = torch.get_rng_state()
+    expected = train(known, steps=1)
+    torch.set_rng_state(random_state)
+    assert train(unknown, steps=1) == expected and unknown.teacher.fingerprint() == known.teacher.fingerprint()
+    assert all(torch.equal(value, unknown.state_dict()[name]) for name, value in known.state_dict().items())
+
+
+def test_first_step_of_a_resumed_run_inherits_nothing(teacher):
+    model = build_model(distiller_cfg("RetinaNet", teacher, ["PKD"], DISTILL__INHERIT=("head",)))
+    before = copy.deepcopy(model.student.head.state_dict())
+    forward(model, batch(), iteration=7)
+    assert all(torch.equal(value, before[name]) for name, value in model.student.head.state_dict().items())
+
+
+def test_first_step_refuses_layers_that_nobody_trains(teacher):
+    model = build_model(distiller_cfg("RetinaNet", teacher, METHODS))
+    for _ in range(2):
+        with pytest.raises(UserError, match="METHODS: FeatureImitation trains layers .* d2_distill.engine.Trainer"):
+            forward(model, batch())
+    assert forward(model.prepare_training(), batch())["loss_imitation"] > 0
 
 
 # 10. Methods add up.

@@ -27,7 +27,7 @@ from tabulate import tabulate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
 from d2_distill.checkpoint.exact import load_exactly
 from d2_distill.data.checks import check_dataset
 from d2_distill.data.registration import register_datasets
@@ -173,7 +173,7 @@ def build_distiller(cfg: CfgNode) -> Distiller:
             cfg.MODEL.DISTILL.TEACHER.WEIGHTS = str(Path(folder) / "teacher.pth")
             teacher = damp(build_detector(teacher_config(cfg)))
             torch.save({"model": teacher.state_dict()}, cfg.MODEL.DISTILL.TEACHER.WEIGHTS)
-        distiller = Distiller(cfg).to(cfg.MODEL.DEVICE)
+        distiller = Distiller(cfg).to(cfg.MODEL.DEVICE).prepare_training()
     damp(distiller.student)
     return distiller
 

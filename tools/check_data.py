@@ -18,7 +18,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
 from d2_distill.apps.command_line.arguments import whole_number
 from d2_distill.apps.command_line.progress import StepProgress
 from d2_distill.apps.data_check.inspection import Inspection, inspect_annotations, inspect_images, samples

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
 from d2_distill.apps.command_line.arguments import whole_number
 from d2_distill.apps.command_line.files import whole_file
 from d2_distill.apps.command_line.progress import Progress

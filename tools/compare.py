@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
 from d2_distill.apps.command_line.arguments import whole_number
 from d2_distill.apps.command_line.progress import Progress
 from d2_distill.apps.comparison.groups import group_runs

@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
 from d2_distill.apps.conversion import is_state_dict, read_tensors, require_new_file, save_converted
 from d2_distill.apps.conversion.msad import convert_msad
 from d2_distill.config.reading import read_config

@@ -14,7 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the rest finds
 from d2_distill.apps.conversion import require_new_file, require_pairs, save_detector
 from d2_distill.apps.conversion.openmmlab import STYLES, convert_openmmlab, read_checkpoint
 from d2_distill.errors import reported

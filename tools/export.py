@@ -28,7 +28,7 @@ from detectron2.data import transforms as T
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
 from d2_distill.apps.command_line.arguments import whole_number
 from d2_distill.apps.command_line.files import whole_file
 from d2_distill.apps.export.checkpoint import read_checkpoint, to_half, write_checkpoint

@@ -34,7 +34,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
 from PIL import Image
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
 from d2_distill.apps.command_line.arguments import whole_number
 from d2_distill.apps.command_line.files import partial_path, whole_file
 from d2_distill.apps.command_line.progress import StepProgress

@@ -31,7 +31,7 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-import d2_distill  # noqa: F401  chooses the Detectron2 that the imports below find
+import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
 from d2_distill.apps.command_line.arguments import whole_number
 from d2_distill.apps.command_line.files import whole_file
 from d2_distill.apps.pictures.heatmaps import Scene, draw_levels

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from detectron2.structures import BoxMode
 from pycocotools import mask as masks_of_coco
 
-from ..errors import UserError
 from . import problems
 from .problems import Found, Kind, Problem, refusing
 from .records import is_image_size
+
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, (int, str))

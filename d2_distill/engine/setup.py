@@ -151,7 +151,7 @@ def _initialised(cfg: CfgNode, resume: bool) -> nn.Module:
     resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if cfg.MODEL.WEIGHTS and not resumes:
         require_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
-    return build_model(cfg) if cfg.MODEL.META_ARCHITECTURE == DISTILLER else build_detector(cfg)
+    return build_model(cfg).prepare_training() if cfg.MODEL.META_ARCHITECTURE == DISTILLER else build_detector(cfg)
 
 
 def _of_evaluation(cfg: CfgNode) -> CfgNode:

@@ -41,6 +41,8 @@ class Trainer(DefaultTrainer):
         super(DefaultTrainer, self).__init__()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
+        if isinstance(model, Distiller):
+            model.prepare_training()  # before the optimizer, which is to train the adapters
         model = in_fast_layout(model)
         optimizer = self.build_optimizer(cfg, model)
         trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer

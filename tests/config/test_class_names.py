@@ -59,7 +59,7 @@ def cfg_of(case, teacher, methods=(), ours=OURS, theirs=THEIRS, **overrides):
 
 def distiller(*args, **kwargs) -> Distiller:
     torch.manual_seed(0)
-    return build_model(cfg_of(*args, **kwargs)).train()
+    return build_model(cfg_of(*args, **kwargs)).prepare_training().train()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_coco_is_known_without_its_files(tmp_path):
     cfg = cfg_of("RetinaNet", saved, ["CrossKD"], theirs=())
     cfg.MODEL.DISTILL.TEACHER.OPTS = ["DATASETS.TRAIN", ("coco_2017_train",)]
     torch.manual_seed(0)
-    teacher = build_model(cfg).teacher
+    teacher = build_model(cfg).prepare_training().teacher
     assert teacher.cfg.DATASETS.CLASSES == tuple(OURS) and teacher.cfg.MODEL.RETINANET.NUM_CLASSES == 3
     whole = torch.load(saved.weights, weights_only=True)["model"]["head.cls_score.bias"].view(6, 80)
     names = MetadataCatalog.get("coco_2017_train").thing_classes

@@ -90,7 +90,7 @@ def test_teachers_and_students(tmp_path, case):
         changes = {**CASES[student], "META_ARCHITECTURE": "Distiller"} if student == case else {}
         changes["DISTILL__STUDENT"] = kind if student == case else student
         torch.manual_seed(0)
-        model = build_model(distiller_cfg(student, teacher, ["CrossKD", "PKD"], **changes)).train()
+        model = build_model(distiller_cfg(student, teacher, ["CrossKD", "PKD"], **changes)).prepare_training().train()
         assert isinstance(model, Distiller) and stage_detector(model.student).kind == changes["DISTILL__STUDENT"]
         with EventStorage():
             losses = model(batch())

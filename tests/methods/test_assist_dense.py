@@ -38,7 +38,7 @@ def teachers(tmp_path_factory):
 def distiller_of(case, teacher, below=None, **options) -> Distiller:
     keys = {f"DISTILL__HEAD__{key}": value for key, value in options.items()}
     torch.manual_seed(0)
-    return build_model(distiller_cfg(case, teacher, ["HEAD"], **{**(below or {}), **keys})).train()
+    return build_model(distiller_cfg(case, teacher, ["HEAD"], **{**(below or {}), **keys})).prepare_training().train()
 
 
 class Step:

@@ -476,7 +476,7 @@ def test_adapters_bridge_channels(case, teacher, tap):
 
 def test_adapters_are_trained_and_saved_beside_the_student(tmp_path):
     cfg = distiller_cfg("RetinaNet", save_teacher(tmp_path, "GFL"), ["CrossKD"], FPN__OUT_CHANNELS=16)
-    distiller = build_model(cfg).train()
+    distiller = build_model(cfg).prepare_training().train()
     with EventStorage():
         losses = distiller(batch())
     sum(losses.values()).backward()

@@ -259,7 +259,7 @@ def test_training_step(region, tmp_path):
     """In the distiller, whose first steps check that a term is finite and reaches the student."""
     teacher = save_teacher(tmp_path, "GFL")
     overrides = {"DISTILL__IMITATION__REGION": region, "DISTILL__IMITATION__ADAPTER": True}
-    model = Distiller(distiller_cfg("GFL", teacher, ["FeatureImitation"], **overrides)).train()
+    model = Distiller(distiller_cfg("GFL", teacher, ["FeatureImitation"], **overrides)).prepare_training().train()
     with EventStorage():
         losses = model([image_input(64, 96), image_input(96, 64)])
         assert losses["loss_imitation"] == 0

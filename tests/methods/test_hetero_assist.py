@@ -46,7 +46,7 @@ def make(teachers):
     def make(case: str, teacher_case, **overrides):
         torch.manual_seed(0)
         teacher = teachers[teacher_case] if teacher_case else None
-        return build_model(distiller_cfg(case, teacher, ["HEAD"], **{**FEW, **overrides})).train()
+        return build_model(distiller_cfg(case, teacher, ["HEAD"], **{**FEW, **overrides})).prepare_training().train()
 
     return make
 

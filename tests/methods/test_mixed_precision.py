@@ -81,7 +81,7 @@ def test_detectors_train(case):
 def test_students_of_every_method_train(case, teacher_case, teachers):
     methods = serving(case, teacher_case)
     torch.manual_seed(0)
-    model = build_model(distiller_cfg(case, teachers(teacher_case), methods, **options_of(case)))
+    model = build_model(distiller_cfg(case, teachers(teacher_case), methods, **options_of(case))).prepare_training()
     assert isinstance(model, Distiller) and list(model.methods) == methods
     terms = {name for method in model.methods.values() for name in method.weights}
     assert terms and terms < train_step(model).keys()

@@ -55,7 +55,7 @@ def student_cfg(teacher, case=FCOS, factor=2, methods=("MSAD",), **overrides) ->
 
 def distiller(*args, **kwargs) -> Distiller:
     torch.manual_seed(0)
-    return build_model(student_cfg(*args, **kwargs)).train()
+    return build_model(student_cfg(*args, **kwargs)).prepare_training().train()
 
 
 def step(model, inputs=None, iteration: int = 0):

@@ -45,7 +45,7 @@ def cfg_of(case: str = "RetinaNet", *, below=None, teacher=None, **options):
 
 def distiller_of(case: str = "RetinaNet", **options) -> Distiller:
     torch.manual_seed(0)
-    return build_model(cfg_of(case, **options)).train()
+    return build_model(cfg_of(case, **options)).prepare_training().train()
 
 
 class Step:
@@ -309,7 +309,7 @@ def test_evaluation_builds_no_assistant():
     """A config whose assistants cannot even be built evaluates."""
     cfg = cfg_of(DENSE_ASSISTANT="Unknown", below={"ROI_HEADS__NAME": "Unknown"})
     with pytest.raises(UserError):
-        build_model(cfg)
+        build_model(cfg).prepare_training()
     student = build_detector(cfg).eval()
     assert list(student.state_dict()) == list(build(detector_cfg("RetinaNet")).state_dict())
     model = distiller_of().eval()
@@ -330,7 +330,7 @@ def test_weights_of_zero_leave_the_method_out():
 
 def test_two_stage_students_are_refused():
     with pytest.raises(UserError, match="TFHEAD cannot use the student GeneralizedRCNN; .*one-stage"):
-        build_model(distiller_cfg("GeneralizedRCNN", None, ["TFHEAD"]))
+        build_model(distiller_cfg("GeneralizedRCNN", None, ["TFHEAD"])).prepare_training()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_every_term_and_module_learns(method, file, student, teacher, tmp_path):
     cfg = distiller_cfg(student, save_teacher(tmp_path, teacher), [method])
     example.add_config(cfg)
     torch.manual_seed(0)
-    model = build_model(cfg).train()
+    model = build_model(cfg).prepare_training().train()
     own = model.methods[method]
     with EventStorage():
         losses = model(batch())

@@ -29,7 +29,7 @@ PUBLISHED = {
 
 def _distiller(folder, case: str, methods: list[str]):
     cfg = distiller_cfg(case, save_teacher(folder, case), methods, DISTILL__IMITATION__REGION="main", **VALUABLE)
-    model = build_model(cfg).train()
+    model = build_model(cfg).prepare_training().train()
     for _ in range(model._unchecked_steps):  # the first steps check every term
         with EventStorage():
             model(batch())

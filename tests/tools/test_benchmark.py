@@ -100,7 +100,7 @@ def test_step_with_a_baseline(teacher, tmp_path, call):
 @pytest.mark.parametrize("methods, heads", [(["PKD"], 0), (["PKD", "CrossKD"], 3)])
 def test_teachers_part_is_what_the_step_runs_of_it(teacher, methods, heads):
     """CrossKD runs the teacher's head on three levels of its own features; what the student's run there is not counted."""
-    model, calls = build_model(distiller_cfg("RetinaNet", teacher, methods)), []
+    model, calls = build_model(distiller_cfg("RetinaNet", teacher, methods)).prepare_training(), []
     with EventStorage():
         part = benchmark.teacher_part(model, batch())
     model.teacher.model.backbone.register_forward_hook(lambda *_: calls.append("backbone"))
@@ -112,7 +112,7 @@ def test_teachers_part_is_what_the_step_runs_of_it(teacher, methods, heads):
 def test_terms_are_computed_alone(teacher):
     """What student and teacher have computed is given; the gradient there is that of the whole step."""
     methods = ["CrossKD", "PKD", "FeatureImitation"]
-    model = build_model(distiller_cfg("RetinaNet", teacher, methods)).train()
+    model = build_model(distiller_cfg("RetinaNet", teacher, methods)).prepare_training().train()
     runs, calls = [], []
     inputs = batch()
     with EventStorage():

@@ -120,7 +120,7 @@ def test_assistants_leave_no_trace(tmp_path, monkeypatch, case, teacher_case, me
         (tmp_path / "teacher").mkdir()
         teacher = save_teacher(tmp_path / "teacher", teacher_case)
     torch.manual_seed(0)
-    assisted = build_model(distiller_cfg(case, teacher, [method], **options))
+    assisted = build_model(distiller_cfg(case, teacher, [method], **options)).prepare_training()
     assert count_parameters(assisted) > 1.02 * count_parameters(assisted.student)
     optimizer = torch.optim.SGD(assisted.parameters(), lr=1e-3)
     with EventStorage():
