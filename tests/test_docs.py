@@ -21,7 +21,7 @@ from d2_distill.config.user_code import add_user_config
 ROOT = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in sorted([ROOT / "README.md", ROOT / "datasets" / "README.md", *(ROOT / "docs").glob("*.md")])
+    for path in sorted([*ROOT.glob("*.md"), ROOT / "datasets" / "README.md", *(ROOT / "docs").glob("*.md")])
 }
 PROGRAMS = [
     str(path.relative_to(ROOT))
