@@ -182,6 +182,7 @@ def given_run(
     first = predictions["logits"][0]
     assert_channels(model, predictions)
     sides = [side * staged.strides[0] for side in first.shape[-2:]]
+    assert len(first) == len(image_sizes) and all(h <= sides[0] and w <= sides[1] for h, w in image_sizes)
     if not model.backbone.maps:
         channels = next(iter(model.backbone.output_shape().values())).channels
         model.backbone.maps = [x.new_zeros(len(x), channels, *x.shape[-2:]) for x in predictions["logits"]]

@@ -315,14 +315,19 @@ def test_recorded_box_head(tmp_path, capsys, resnet18_state):
         state[f"rpn_head.{name}.bias"] = torch.zeros(channels)
     state.update({f"roi_head.{key}": case.tensor(key) for key in case.arrays if key.startswith("bbox_head.")})
     cfg, model = convert_file(tmp_path, capsys, {"state_dict": state}, "--style", "pytorch")
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 4 and cfg.MODEL.ROI_BOX_HEAD.FC_DIM == 24
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == case.data["num_classes"]
+    assert cfg.MODEL.ROI_BOX_HEAD.FC_DIM == len(case.arrays["bbox_head.shared_fcs.0.bias"])
     heads = model.roi_heads
+    assert [1 / pooler.spatial_scale for pooler in heads.box_pooler.level_poolers] == case.data["strides"]
+    height, width = case.data["img_shape"]
+    assert (case.tensor("boxes") <= torch.tensor([width, height] * 2)).all()
     maps = [case.tensor(f"p{level}") for level in range(2, 6)]
     pooled = heads.box_pooler(maps, [Boxes(case.tensor("boxes"))])
     hidden = []
     heads.box_head.fc2.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
     torch.testing.assert_close(heads.box_head(pooled), case.tensor("fc2"), **case.data["tolerance"])
     torch.testing.assert_close(hidden[0], case.tensor("fc1"), **case.data["tolerance"])
+    assert not case.unread()
 
 
 # --- what only the training config tells

@@ -129,7 +129,10 @@ class FullHead:
         maps = [self.case.tensor(f"teacher_{level}") for level in level_names(self.case, "teacher_")]
         strides, channels = list(data["teacher_roi_strides"]), maps[0].shape[1]
         fc_inputs = self.case.arrays["w_teacher.bbox_head.shared_fcs.0.weight"].shape[1]
-        sampler = re.match(r"num (\d+), pos_fraction ([\d.]+), gt added;", data["sampler"])
+        sampler = re.fullmatch(
+            r"num (\d+), pos_fraction ([\d.]+), gt added; nothing is dropped at this size, so there is no randomness",
+            data["sampler"],
+        )
         names = [f"p{level}" for level in range(len(strides))]
         cfg = openmmlab.given_cfg("GeneralizedRCNN", strides, channels, {
             "PROPOSAL_GENERATOR.NAME": "RPN",

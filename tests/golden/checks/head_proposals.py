@@ -59,9 +59,10 @@ def all_positions(run: DenseRun) -> Sequence[torch.Tensor]:
 
 
 def blank_run(model: nn.Module, grids: Sequence[Sequence[int]]) -> DenseRun:
-    """A run over grids of the given sizes, on an image in which every box lies."""
+    """A run over grids of the given sizes."""
     maps = [torch.zeros(1, model.head.cls_score.out_channels, *grid) for grid in grids]
-    return openmmlab.given_run(model, {"logits": maps}, [(10**5, 10**5)])
+    size = [side * model.backbone.output_shape()["p0"].stride for side in grids[0]]
+    return openmmlab.given_run(model, {"logits": maps}, [size])
 
 
 def check_anchors(case: Case) -> None:
@@ -156,6 +157,7 @@ def sample(case: Case, pool: Instances, truth: Instances, num_classes: int, size
     """
     data, cfg = case.data, get_cfg()
     is_split = data["neg_iou"] < data["pos_iou"]
+    assert data["neg_iou"] <= data["pos_iou"]
     openmmlab.set_keys(cfg, {
         "ROI_HEADS.IN_FEATURES": ["p3"],
         "ROI_HEADS.NUM_CLASSES": num_classes,
@@ -178,7 +180,9 @@ def sample(case: Case, pool: Instances, truth: Instances, num_classes: int, size
 def check_sampling(case: Case) -> None:
     """Which of a pool that does not fit into the sample are drawn is left to chance; how many is not."""
     data, sampler = case.data, case.data["sampler"]
-    assert data["randomness"].startswith("none when the pool fits") and not data["match_low_quality"]
+    assert not data["match_low_quality"] and data["randomness"] == (
+        "none when the pool fits; otherwise treat pos_inds/neg_inds as given and check counts, order and ids"
+    )
     # Without low-quality matches no box needs a lowest IoU for them.
     case.skip("min_pos_iou")
     boxes, classes = case.tensor("gt_boxes"), case.tensor("gt_labels")
