@@ -29,6 +29,7 @@ from ..data.voc_files import forget_parsed_files
 from ..detectors.building import DISTILLER, build_detector
 from ..errors import UserError, sentence_of
 from ..evaluation.voc import voc_convention
+from ..layers.memory_format import in_fast_layout
 from ..teacher import read_teacher_config
 from .evaluate import load_detector
 from .logs import held_back
@@ -50,7 +51,8 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
         cfg = main_process_first(lambda: _with_checked_data(args))
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
         if args.eval_only:
-            model = load_detector(cfg, resume=args.resume)
+            # In the memory format of training, so that an evaluation repeats the run's own to the last digit.
+            model = in_fast_layout(load_detector(cfg, resume=args.resume))
             run_cfg = _of_evaluation(cfg)
         else:
             _check_reference_world_size(cfg)

@@ -15,7 +15,7 @@ from d2_distill.apps.export.description import describe_model
 from d2_distill.apps.export.graphs import RawOutputs, build_graph
 from d2_distill.apps.export.runtime import load_exported
 from d2_distill.apps.export.tracing import quiet
-from d2_distill.apps.export.verification import compare_outputs, match
+from d2_distill.apps.export.verification import MAX_UNMATCHED, compare_outputs, match
 from d2_distill.apps.export.writers import write_onnx, write_torchscript
 from d2_distill.apps.inference.predictor import Predictor
 from d2_distill.errors import UserError
@@ -63,6 +63,13 @@ def assert_accepted(graph, exported, number: int = 1) -> None:
     assert all(c.number > 20 and c.accepted for c in comparisons), comparisons
 
 
+def assert_same_detections(found, expected) -> None:
+    """But for those that rounding takes to the other side of a threshold."""
+    matched = len(match(expected, found)[0])
+    number = max(len(found["scores"]), len(expected["scores"]))
+    assert number > 0 and number - matched <= MAX_UNMATCHED * number, (matched, number)
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_torchscript_is_the_detector(case, tmp_path):
     cfg, model = built(case)
@@ -70,9 +77,10 @@ def test_torchscript_is_the_detector(case, tmp_path):
     for x in images():
         [output] = model([{"image": x[0]}])
         expected = output["instances"]
-        boxes, scores, classes = exported(x)
-        assert len(scores) > 0 and torch.equal(scores, expected.scores)
-        assert torch.equal(boxes, expected.pred_boxes.tensor) and torch.equal(classes, expected.pred_classes)
+        assert_same_detections(
+            dict(zip(("boxes", "scores", "classes"), exported(x))),
+            {"boxes": expected.pred_boxes.tensor, "scores": expected.scores, "classes": expected.pred_classes},
+        )
     assert str(ROOT).encode() not in path.read_bytes()
 
 
@@ -129,11 +137,19 @@ def test_raw_onnx_is_the_head(case, tmp_path, onnx):
     assert_accepted(graph, exported, number=2)
 
 
+def in_widest_gap(scores: torch.Tensor, above: float) -> float:
+    """A threshold that scores over ``above`` are far from, so that their rounding does not matter."""
+    candidates = torch.cat([torch.tensor([above]), scores[scores > above].sort().values])
+    gaps = candidates.diff()
+    assert gaps.max() > 1e-4
+    return float(candidates[gaps.argmax()] + gaps.max() / 2)
+
+
 def test_nothing_found(tmp_path, onnx):
     """Not in all levels, and not in all images, is something."""
     cfg, model = built("OpenMMLabRetinaNet")
-    best = [float(model([{"image": x[0]}])[0]["instances"].scores[0]) for x in images()]
-    model.test_score_thresh = sorted(best)[1]
+    *others, best = sorted((model([{"image": x[0]}])[0]["instances"].scores for x in images()), key=max)
+    model.test_score_thresh = in_widest_gap(best, above=max(float(scores.max()) for scores in others))
     for suffix in (".pt", ".onnx"):
         _, exported, _ = export(cfg, model, tmp_path, suffix, raw=False)
         numbers = [len(exported(x)[1]) for x in images()]
@@ -215,11 +231,15 @@ def test_example_finds_the_same(suffix, tmp_path, onnx):
     resize = detection_utils.build_augmentation(cfg, is_train=False)
     expected = Predictor(model, resize=resize, input_format="BGR")(pixels)
     lines = [line.partition("photo.png: ")[2].split() for line in outcome.stdout.splitlines()]
-    assert len(lines) == len(expected) > 3
-    names = [cfg.DATASETS.CLASSES[k] for k in expected.pred_classes.tolist()]
-    assert [line[0] for line in lines] == names
-    corners = torch.tensor([[float(value) for value in line[3:]] for line in lines])
-    torch.testing.assert_close(corners, expected.pred_boxes.tensor, rtol=0, atol=0.06)
+    found = {
+        "boxes": torch.tensor([[float(value) for value in line[3:]] for line in lines]),
+        "classes": torch.tensor([cfg.DATASETS.CLASSES.index(line[0]) for line in lines]),
+        "scores": torch.zeros(len(lines)),  # with two digits
+    }
+    assert len(lines) > 3
+    assert_same_detections(found, {
+        "boxes": expected.pred_boxes.tensor, "classes": expected.pred_classes, "scores": torch.zeros(len(expected))
+    })
     assert Image.open(tmp_path / "drawn" / "photo.png").size == (56, 40)
 
     for wrong, named in (
