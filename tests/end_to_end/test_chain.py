@@ -89,7 +89,7 @@ def test_evaluation_needs_no_training_data(server, plain, tmp_path):
     arguments = ("--config-file", config, "OUTPUT_DIR", tmp_path / "out", "MODEL.WEIGHTS", plain.weights)
     outcome = server.run("--eval-only", *arguments).succeeded()
     assert average_precision(outcome)[0] == pytest.approx(scalars(plain.folder)["bbox/AP"], abs=1e-4)
-    assert "gone.json" in server.run(*arguments).errors[0]
+    assert "datasets/gone" in server.run(*arguments).errors[0]
 
 
 def test_voc_evaluation(server, teacher, voc_data, tmp_path):
