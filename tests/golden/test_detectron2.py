@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from .cases import case_names, load
-from .checks import d2_config, d2_data, d2_engine, d2_evaluation, d2_modeling, d2_solver, d2_structures, flops
+from .checks import (
+    d2_config,
+    d2_data,
+    d2_engine,
+    d2_evaluation,
+    d2_modeling,
+    d2_models,
+    d2_solver,
+    d2_structures,
+    flops,
+)
 from .dispatch import run_check
 
 SUITE = "detectron2"
@@ -15,6 +25,7 @@ CHECKS = {
     **d2_engine.CHECKS,
     **d2_evaluation.CHECKS,
     **d2_modeling.CHECKS,
+    **d2_models.CHECKS,
     **d2_solver.CHECKS,
     **d2_structures.CHECKS,
     **flops.CHECKS,

@@ -36,8 +36,8 @@ def check_resize_shapes(case: Case) -> None:
 
 def image_of(text: str) -> np.ndarray:
     """The image (H, W, 3) that a case's text describes, such as 'uint8 floor(hash_u("img8")*256) shape 12x17x3'."""
-    tag, *shape = re.match(
-        r'uint8 (?:RGB )?floor\(hash_u\("(\w+)"\)\*256\) (?:shape )?(\d+)x(\d+)x(\d+)', text
+    tag, *shape = re.fullmatch(
+        r'uint8 (?:RGB )?floor\(hash_u\("(\w+)"\)\*256\) (?:shape )?(\d+)x(\d+)x(\d+)(?: saved as PNG)?', text
     ).groups()
     shape = [int(side) for side in shape]
     return np.floor(hash_u(tag, math.prod(shape)) * 256).astype(np.uint8).reshape(shape)
@@ -255,7 +255,9 @@ _SAMPLERS = {
 
 def check_builtin_datasets(case: Case) -> None:
     data = case.data
-    variable, default = re.match(r'environment variable (\w+), default "(\w+)"', data["root"]).groups()
+    variable, default = re.fullmatch(
+        r'environment variable (\w+), default "(\w+)" \(paths below contain the default\)', data["root"]
+    ).groups()
     root = os.path.expanduser(os.getenv(variable, default))
     for dataset, facts in data["datasets"].items():
         metadata = MetadataCatalog.get(dataset)

@@ -9,6 +9,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from detectron2.data.datasets import (
 )
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, print_csv_format
 from detectron2.evaluation.testing import flatten_results_dict
+from pycocotools.cocoeval import COCOeval
 
 from d2_distill import provider
 
 from ...embedded.detection_data import empty_output, outputs_of, registered, write_voc
 from ..cases import Case
 from ..recording import plain
-from .d2_left_out import is_left_out
 
 DATASET = "golden_recording"
 
@@ -59,9 +60,8 @@ def check_coco_eval(case: Case) -> None:
 
         folder = case.scratch / "inference"
         for key in data["results"]:
-            with _evaluator(case, key, folder) as evaluator:
-                if evaluator is not None:
-                    _assert_results(_evaluate(evaluator, detections), data["results"][key])
+            with _evaluator(key, folder) as evaluator:
+                _assert_results(_evaluate(evaluator, detections), data["results"][key])
         assert sorted(p.name for p in folder.iterdir()) == data["files_written"]
         written = json.loads((folder / "coco_instances_results.json").read_text())
         assert len(written) == len(detections)
@@ -81,26 +81,32 @@ def check_coco_eval(case: Case) -> None:
 
 
 @contextlib.contextmanager
-def _evaluator(case: Case, key: str, folder: Path) -> Iterator[COCOEvaluator | None]:
-    """The evaluator of a key such as "fastFalse_maxdets2", None if the Detectron2 in use lacks it.
+def _evaluator(key: str, folder: Path) -> Iterator[COCOEvaluator]:
+    """The evaluator of a key such as "fastFalse_maxdets2".
 
-    The embedded one uses the faster implementation where it is installed.
+    The embedded one has no arguments for these: it uses the faster implementation where that is installed, and
+    the number of detections is a parameter of what evaluates.
     """
     is_fast, max_dets = re.fullmatch(r"fast(True|False)_maxdets(None|\d+)", key).groups()
+    max_dets = ast.literal_eval(max_dets)
     if provider.name() == "real":
         yield COCOEvaluator(
-            DATASET,
-            output_dir=str(folder),
-            use_fast_impl=is_fast == "True",
-            max_dets_per_image=ast.literal_eval(max_dets),
+            DATASET, output_dir=str(folder), use_fast_impl=is_fast == "True", max_dets_per_image=max_dets
         )
-    elif max_dets != "None" and is_left_out(case, "max_dets_per_image", "results", key):
-        yield None
-    else:
-        with pytest.MonkeyPatch.context() as patch:
-            if is_fast == "False":
-                patch.setitem(sys.modules, "faster_coco_eval", None)
-            yield COCOEvaluator(DATASET, output_dir=str(folder))
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        if is_fast == "False":
+            patch.setitem(sys.modules, "faster_coco_eval", None)
+        evaluator = COCOEvaluator(DATASET, output_dir=str(folder))
+        if max_dets is not None:
+            patch.setattr(evaluator, "_eval_class", lambda: partial(_limited, max_dets))
+        yield evaluator
+
+
+def _limited(max_dets: int, *args) -> COCOeval:
+    evaluation = COCOeval(*args)
+    evaluation.params.maxDets = [1, 10, max_dets]
+    return evaluation
 
 
 def _evaluate(evaluator, detections):

@@ -7,9 +7,7 @@ from d2_distill import provider
 from ..cases import Case
 
 LEFT_OUT = {
-    "pairwise_ioa": "nothing in the project compares boxes by pairwise_intersection, pairwise_ioa or in matched pairs",
     "padding_constraints": "no backbone of the project has any",
-    "Box2BoxTransformLinear(normalize_by_size=False)": "FCOS measures distances in strides",
     "images of floats": "the images are uint8",
     "segmentations": "there are no masks",
     "repr of augmentations": "text for the log",
@@ -19,7 +17,6 @@ LEFT_OUT = {
     "configs of version 1": "they are refused instead of upgraded",
     "model zoo": "the project ships its own base configs and does not use the zoo's table",
     "mask heads": "no masks, so no config is shipped",
-    "max_dets_per_image": "the project leaves this argument of the evaluator at its default",
 }
 
 

@@ -10,7 +10,7 @@ from fvcore.nn import FlopCountAnalysis
 from d2_distill.evaluation.complexity import count_flops, flops_by_module
 
 from ..cases import Case, fill_parameters, load
-from .d2_modeling import described_model
+from .d2_models import described_model
 
 # The counts were recorded with 50 proposals, where the models' own recording has 60: the linear layers
 # take 105472 multiply-adds a proposal, and 50 of these are the recorded number.
@@ -21,8 +21,9 @@ COUNTED = ("conv", "linear")
 
 def check_flops(case: Case) -> None:
     """Ours is of convolutions and linear layers; the others are all in the backbone, where fvcore counts them."""
-    channels, height, width, salt = re.match(
-        r"(\d+)x(\d+)x(\d+) zeros, parameters filled with salt (\d+);", case.data["input"]
+    channels, height, width, salt = re.fullmatch(
+        r"(\d+)x(\d+)x(\d+) zeros, parameters filled with salt (\d+); FlopCountAnalysis of detectron2.utils.analysis",
+        case.data["input"],
     ).groups()
     image = torch.zeros(int(channels), int(height), int(width))
     for model_name, expected in case.data["results"].items():

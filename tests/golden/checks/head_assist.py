@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ def check_akd_term(case: Case) -> None:
     for match in gradients:
         (gradient,) = torch.autograd.grad(weighted(int(match[2])), inputs[match[1]])
         assert_recorded(case, match[0], gradient)
+
+
+def count_of(pattern: str, names: Iterable[str]) -> int:
+    """How many names match."""
+    return sum(re.fullmatch(pattern, name) is not None for name in names)
 
 
 class FullHead:
@@ -113,7 +118,7 @@ class FullHead:
         weights = {key[len(prefix) :]: self.case.tensor(key) for key in self.case.arrays if key.startswith(prefix)}
         settings = {
             "RETINANET.NUM_CLASSES": data["num_classes"],
-            "RETINANET.NUM_CONVS": sum(re.fullmatch(r"cls_convs\.\d+\.conv\.weight", key) is not None for key in weights),
+            "RETINANET.NUM_CONVS": count_of(r"cls_convs\.\d+\.conv\.weight", weights),
             **openmmlab.anchor_settings(strides, **openmmlab.RETINANET_ANCHORS),
         }
         student = openmmlab.build_given("OpenMMLabRetinaNet", strides, settings, maps=self.maps)
@@ -154,8 +159,7 @@ class FullHead:
         return Teacher(model, input_format=cfg.INPUT.FORMAT, cfg=cfg)
 
     def _num_fc(self, role: str) -> int:
-        return sum(re.fullmatch(rf"w_{role}\.bbox_head\.shared_fcs\.\d+\.bias", key) is not None
-                   for key in self.case.arrays)
+        return count_of(rf"w_{role}\.bbox_head\.shared_fcs\.\d+\.bias", self.case.arrays)
 
     def _load_heads(self, heads: nn.Module, role: str) -> None:
         """The recorded box head; both take the pooled maps in the order channel, y, x."""

@@ -36,9 +36,10 @@ def check_roi_extract(case: Case) -> None:
             "ROI_BOX_HEAD.NUM_FC": 1,
             "ROI_BOX_HEAD.POOLER_RESOLUTION": case.tensor(f"{role}_roi_feats").shape[-1],
         })
-        is_assistant = role == "student"
-        heads = RoIAssistant.build(cfg, shapes, num_classes=1).roi_heads if is_assistant else StandardROIHeads(cfg, shapes)
-        pooler = heads.box_pooler
+        if role == "student":
+            pooler = RoIAssistant.build(cfg, shapes, num_classes=1).roi_heads.box_pooler
+        else:
+            pooler = StandardROIHeads(cfg, shapes).box_pooler
         sampling = re.search(r"sampling ratio (\d+) = adaptive, aligned=(\w+)", case.data["what"])
         assert {(x.sampling_ratio, str(x.aligned)) for x in pooler.level_poolers} == {(int(sampling[1]), sampling[2])}
         assigned = assign_boxes_to_levels(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from detectron2.structures import Boxes
 
 from d2_distill.boxes.anchor_grid import valid_cells
 from d2_distill.boxes.geometry import boxes_from_distances, distances_to_sides
 from d2_distill.detectors.box_coders import DistributionCoder
+from d2_distill.postprocess.selection import CLUSTER_NMS, OWN_NMS
 
 from ..cases import Case
 from ..dispatch import assert_recorded
 from ..ld_runs import REG_MAX, STRIDES, maps_of
 from ..openmmlab import assert_channels, build_given, given_run, level_sizes, load_head
 
-# Name of a suppression -> TEST.NMS.
-NMS = {"nms": "nms", "voting_cluster_diounms": "voting_cluster_diou_nms"}
+# Published name of a suppression, such as "voting_cluster_diounms" -> TEST.NMS.
+NMS = {name.replace("diou_nms", "diounms"): name for name in (OWN_NMS, *CLUSTER_NMS)}
 
 
 def check_anchors(case: Case) -> None:
@@ -86,8 +89,9 @@ def check_distance_coder(case: Case) -> None:
 def check_inference(case: Case) -> None:
     """The reference suppresses, with voting, what is scaled to the original image, as ours does.
 
-    How it suppresses is the end of the case's name.
+    Its description tells how it suppresses.
     """
+    suppression = re.match(r"Decode \+ (\w+);", case.data["description"])[1]
     params, (height, width) = case.data["params"], case.arrays["in_img_shape"].tolist()
     logits, deltas = maps_of(case, "in_s_cls"), maps_of(case, "in_s_reg")
     x_scale, y_scale, *others = case.arrays["in_scale_factor"].tolist()
@@ -103,7 +107,7 @@ def check_inference(case: Case) -> None:
             "GFL.NMS_THRESH_TEST": params["iou_threshold"],
         },
         maps=[x.new_zeros(len(x), 1, *x.shape[-2:]) for x in logits],
-        test={"NMS": NMS[case.name.split("_", 2)[2]], "DETECTIONS_PER_IMAGE": params["max_per_img"]},
+        test={"NMS": NMS[suppression], "DETECTIONS_PER_IMAGE": params["max_per_img"]},
     ).eval()
     assert_channels(model, {"logits": logits, "deltas": deltas})
     model.head.register_forward_hook(lambda *_: [logits, deltas])

@@ -45,7 +45,7 @@ def ld_settings(case: Case, runs: RecordedRuns) -> dict[str, Any]:
     params, is_retinanet = case.data["params"], runs.student.staged.kind == "OpenMMLabRetinaNet"
     rows_of_anchor = 1 if is_retinanet else 4
     main, classes = params["loss_ld"], params["loss_kd"]
-    weight = main["w"] * rows_of_anchor / ROWS
+    weight = main["w"] * rows_of_anchor / main.get("avg_factor", ROWS)
     if "loss_ld_vlr" in params:
         region = params["loss_ld_vlr"]
         region_weight, temperature = region["w"] * rows_of_anchor / region["avg_factor"], region["T"]

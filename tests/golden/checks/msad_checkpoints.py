@@ -33,7 +33,9 @@ def parameters_of(state: Mapping[str, torch.Tensor]) -> list[str]:
     return [name for name in state if name.split(".")[-1] not in buffers]
 
 
-def assert_counts(recorded: Mapping, state: Mapping[str, torch.Tensor], trainable: list[str], unused: list[str]) -> None:
+def assert_counts(
+    recorded: Mapping, state: Mapping[str, torch.Tensor], trainable: list[str], unused: list[str]
+) -> None:
     """The recorded numbers are those of a state dict.
 
     Args:

@@ -48,8 +48,8 @@ def maps_of(case: Case, name: str) -> list[torch.Tensor]:
     return [case.tensor(f"{name}_{level}") for level in range(count)]
 
 
-def unshared(state: Mapping[str, torch.Tensor], num_shared: int) -> dict[str, torch.Tensor]:
-    """The blocks that both towers share, before each of them."""
+def unshared(state: Mapping[str, torch.Tensor], num_shared: int, per_block: int) -> dict[str, torch.Tensor]:
+    """The blocks that both towers share, before each of them; a block has so many layers."""
     result = {}
     for name, value in state.items():
         tower, _, rest = name.partition(".")
@@ -58,7 +58,7 @@ def unshared(state: Mapping[str, torch.Tensor], num_shared: int) -> dict[str, to
             continue
         if tower.endswith("_tower"):
             layer, _, kind = rest.partition(".")
-            name = f"{tower}.{int(layer) + 3 * num_shared}.{kind}"
+            name = f"{tower}.{int(layer) + per_block * num_shared}.{kind}"
         result[name] = value
     return result
 
@@ -75,7 +75,7 @@ def check_head(case: Case) -> None:
     assert (model.head.scales is not None) == params["use_scale"]
     state = {key[2:]: case.tensor(key).float() for key in case.arrays if key.startswith("w.")}
     assert set(state) == set(case.data["state_dict_keys"])
-    model.head.load_state_dict(head_names(unshared(state, shared)))
+    model.head.load_state_dict(head_names(unshared(state, shared, 3 if params["norm"] else 2)))
     with torch.no_grad():
         outputs = dict(zip(model.head.predictors, model.head(maps)))
     for level in range(len(maps)):
