@@ -171,11 +171,13 @@ class TestData:
             json.dump(content, file)
 
     def test_annotation_file(self, refuse, own, tmp_path):
+        """Also with several processes, which train_net.py itself may have started, there is one sentence."""
         row, config = own
         path = tmp_path / "own" / "set.json"
-        for text, says in (("{", "not valid JSON"), ('{"a": 1}', "not a COCO annotation file")):
-            path.write_text(text)
-            refuse(config, says=[row[0], path, says])
+        path.write_text("{")
+        refuse(config, processes=2, says=[row[0], path, "not valid JSON"])
+        path.write_text('{"a": 1}')
+        refuse(config, "--num-gpus", 2, "--dist-url", "auto", says=[row[0], path, "not a COCO annotation file"])
         path.unlink()
         refuse(config, says=[row[0], path, "cannot be read"])
 
