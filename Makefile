@@ -2,9 +2,13 @@
 #
 # PYTHON=python3.11   interpreter that makes the environment, any from 3.9 on
 # VENV=folder         environment to make and use; VENV= (empty) takes PYTHON as it is and installs nothing
+# OLDEST_VENV=folder  environment of test-oldest; OLDEST_PYTHON=path names its interpreter, which is searched for else,
+#                     and with SKIP_OLDEST=1 there need be none
 
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST_VENV ?= .venv-oldest
+export OLDEST_PYTHON
 OUTPUT := output/quickstart
 # Models this small gain little from a second thread, and lose much when they share the cores with other work.
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
@@ -18,10 +22,14 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test
+# Of the versions of Python and torch depend above all arithmetic, autocast and the cutting of detectors into stages.
+OLDEST_TESTS := tests/methods/test_mixed_precision.py $(addprefix tests/,test_staged.py test_distiller.py golden \
+  losses assigners regions boxes layers oldest)
+
+.PHONY: help install quickstart test test-oldest
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(INSTALLED)  ## make the environment, or bring it up to date with setup.py
 
@@ -35,6 +43,17 @@ quickstart: $(INSTALLED)  ## train a teacher, a plain and a distilled student on
 
 test: $(INSTALLED)  ## run the tests
 	$(ONE_THREAD) $(RUN) -m pytest tests -q -n 2 --dist loadfile
+
+test-oldest:  ## run a part of the tests with the oldest Python and packages that setup.py admits
+	@if ! bash tests/oldest/python.sh > /dev/null; then [ -n "$(SKIP_OLDEST)" ] && echo "test-oldest: skipped"; exit; fi; \
+	$(MAKE) --no-print-directory $(OLDEST_VENV)/.installed && \
+	OLDEST_VERSIONS=1 $(ONE_THREAD) $(OLDEST_VENV)/bin/python -m pytest $(OLDEST_TESTS) -q -n 2
+
+$(OLDEST_VENV)/.installed: setup.py tests/oldest/constraints.txt
+	"$$(bash tests/oldest/python.sh)" -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --disable-pip-version-check --use-pep517 \
+	  -c tests/oldest/constraints.txt -e '.[test]'
+	touch $@
 
 $(VENV)/.installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and \
