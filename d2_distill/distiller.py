@@ -129,7 +129,7 @@ class Distiller(nn.Module):
     def _take(self, teacher: Teacher | None, methods: nn.ModuleDict) -> None:
         self.teacher = teacher
         self.methods = methods.to(self.device).train(self.training)
-        self._normalises_alike = teacher is not None and teacher.normalises_like(self.student, self.input_format)
+        self._normalises_alike = teacher is not None and teacher.normalises_like(self.staged, self.input_format)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the student's, with its names. That of the adapters is ``methods.state_dict()``."""
@@ -162,7 +162,7 @@ class Distiller(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.student.device
+        return self.staged.device
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]):
         """Return a dict of losses in training and the student's detections in evaluation, as Detectron2 expects."""

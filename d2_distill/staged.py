@@ -6,6 +6,7 @@ going through them. Detectors keep their own ``forward``, which equals the stage
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property, wraps
 from typing import Any, Callable, NamedTuple
@@ -48,24 +49,32 @@ class Predictor(NamedTuple):
     layer: nn.Module
 
 
-class StagedDetector:
-    """How one meta-architecture is run in stages. Holds the model, owns no parameter.
+class StagedDetector(ABC):
+    """How one meta-architecture is run in stages, and what it is. Holds the model, owns no parameter.
+
+    Methods and tools ask the adapter only. What it does not define itself is read from the model as Detectron2's
+    meta-architectures have it: ``backbone``, ``preprocess_image``, ``pixel_mean`` and ``pixel_std``.
 
     Attributes:
         family: one of :data:`FAMILIES`.
         is_wrapper: whether the model runs another detector inside.
+        roi_heads: the box branch of a two-stage detector in stages (:mod:`~d2_distill.detectors.roi_heads`), whose runs
+            have ``proposals`` and ``sampled_proposals``; None if there is none.
+        has_roi_stages: whether its runs also have ``rois``, the box branch in training stage by stage.
     """
 
     family: str
     is_wrapper = False
+    roi_heads: Any = None
+    has_roi_stages = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     @classmethod
+    @abstractmethod
     def num_classes_key(cls, model_class: type[nn.Module], cfg: Any) -> str:
         """Return the config key that sets the number of classes of a detector of ``model_class``."""
-        raise NotImplementedError
 
     @property
     def kind(self) -> str:
@@ -77,13 +86,29 @@ class StagedDetector:
         return self.model
 
     @property
+    @abstractmethod
     def num_classes(self) -> int:
-        raise NotImplementedError
+        """Number of foreground classes that the model predicts."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def pixel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each channel, with which :meth:`preprocess` normalizes."""
+        return self.model.pixel_mean, self.model.pixel_std
+
+    @property
+    def score_threshold(self) -> float | None:
+        """Score above which detections are kept; None if it is not known."""
+        return None
 
     def keep_classes(self, classes: Sequence[int]) -> None:
         """Change the model, weights included, into one that knows these of its classes only, in this order.
 
-        What it predicts of them stays the same.
+        What it predicts of them stays the same. A detector that cannot be changed so leaves this out; as a teacher it
+        can then guide methods that compare no classes.
         """
         raise NotImplementedError
 
@@ -96,9 +121,9 @@ class StagedDetector:
         """What the sides of a batch are multiples of."""
         return max(self.model.backbone.size_divisibility, 1)
 
+    @abstractmethod
     def feature_shapes(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each entry of ``Run.features``, in their order."""
-        raise NotImplementedError
 
     def preprocess(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
         """Normalize and batch the images of Detectron2 dataset dicts."""
@@ -109,6 +134,7 @@ class StagedDetector:
         features = self.model.backbone(images.tensor)
         return {name: features[name] for name in self.feature_shapes()}
 
+    @abstractmethod
     def run(
         self,
         images: ImageList,
@@ -125,7 +151,6 @@ class StagedDetector:
             taps: branch name -> places in its tower whose features are kept.
             frozen: compute every stage without gradient.
         """
-        raise NotImplementedError
 
 
 class Run:
@@ -167,6 +192,10 @@ class Run:
 class StagedDense(StagedDetector):
     """A dense detector: towers and predictors shared by all levels.
 
+    Of ``innermost`` it reads what Detectron2's RetinaNet has: ``num_classes``, ``head_in_features``,
+    ``anchor_generator``, ``box2box_transform``, ``test_score_thresh``, ``test_nms_thresh`` and
+    ``max_detections_per_image``.
+
     Attributes:
         towers: branch name -> :class:`Tower`.
         predictors: output name -> :class:`Predictor`, in the order in which the head returns the outputs.
@@ -183,6 +212,10 @@ class StagedDense(StagedDetector):
     @property
     def num_classes(self) -> int:
         return self.innermost.num_classes
+
+    @property
+    def score_threshold(self) -> float:
+        return self.innermost.test_score_thresh
 
     def traits(self) -> list[str]:
         traits = ["points" if self.assigns_points else "anchors"]
@@ -229,15 +262,15 @@ class StagedDense(StagedDetector):
         anchors = self.innermost.anchor_generator(list(features))
         return AnchorGrid.from_levels(anchors, features, self.strides, self.anchors_per_cell)
 
+    @abstractmethod
     def assign(self, grid: AnchorGrid, truth: GroundTruth, outputs: Mapping[str, torch.Tensor]) -> Assignment:
         """Return the targets of a batch; an assigner may look at the outputs (N, R, K)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(
         self, grid: AnchorGrid, outputs: Mapping[str, torch.Tensor], assignment: Assignment
     ) -> dict[str, torch.Tensor]:
         """Return the detector's losses by name; ``outputs`` are (N, R, K)."""
-        raise NotImplementedError
 
     def normalizer(self, grid: AnchorGrid, assignment: Assignment) -> torch.Tensor:
         """Return the number, a scalar, that the detector divides its class loss by."""
@@ -315,12 +348,15 @@ def register_staged(model_class: type[nn.Module]) -> Callable[[type[StagedDetect
     """Class decorator: this adapter runs ``model_class`` and its subclasses in stages.
 
     Raises:
-        TypeError: the adapter does not declare its family.
+        TypeError: the adapter does not declare its family, or leaves out what every adapter has to define.
     """
 
     def register(adapter: type[StagedDetector]) -> type[StagedDetector]:
         if getattr(adapter, "family", None) not in FAMILIES:
             raise TypeError(f"{adapter.__name__} must declare its family, one of {', '.join(map(repr, FAMILIES))}.")
+        if adapter.__abstractmethods__:
+            missing = ", ".join(sorted(adapter.__abstractmethods__))
+            raise TypeError(f"{adapter.__name__} must define {missing}; see StagedDetector in d2_distill/staged.py.")
         _STAGED[model_class] = adapter
         return adapter
 
@@ -333,13 +369,12 @@ def list_staged() -> list[str]:
 
 
 def adapter_of(model_class: type) -> type[StagedDetector] | None:
-    """What runs a class of detectors in stages, if anything does."""
-    for base in getattr(model_class, "__mro__", ()):  # a registered function has none
-        if base in _STAGED:
-            return _STAGED[base]
-        if "forward" in vars(base):  # the adapter of what it overrides would run something else
-            return None
-    return None
+    """Return what runs a class of detectors in stages; None if nothing does.
+
+    A class that overrides ``forward`` needs an adapter of its own: that of its base would run something else.
+    """
+    base = _registered_base(model_class)
+    return _STAGED[base] if base is not None and model_class.forward is base.forward else None
 
 
 def declared_adapter(model_class: type) -> type[StagedDetector] | None:
@@ -347,7 +382,14 @@ def declared_adapter(model_class: type) -> type[StagedDetector] | None:
 
     What such a class cannot do is run in stages; its config keys are those of its base.
     """
-    return next((_STAGED[base] for base in getattr(model_class, "__mro__", ()) if base in _STAGED), None)
+    base = _registered_base(model_class)
+    return None if base is None else _STAGED[base]
+
+
+def _registered_base(model_class: type) -> type[nn.Module] | None:
+    """Return the most specific class with an adapter that a class is, or is derived from."""
+    bases = model_class.__mro__ if isinstance(model_class, type) else ()  # a function can be registered as well
+    return next((base for base in bases if base in _STAGED), None)
 
 
 def family_of(name: str) -> str | None:
@@ -366,6 +408,7 @@ def stage_detector(model: nn.Module) -> StagedDetector:
     if adapter is not None:
         return adapter(model)
     raise UserError(
-        f"{type(model).__name__} cannot be distilled: it has no staged adapter; "
-        f"choose one of {', '.join(list_staged())} as MODEL.META_ARCHITECTURE / MODEL.DISTILL.STUDENT."
+        f"{type(model).__name__} has no staged adapter, without which it can neither teach, nor be taught or exported; "
+        "register one (docs/architecture.md), or choose one of "
+        f"{', '.join(list_staged())} as MODEL.META_ARCHITECTURE / MODEL.DISTILL.STUDENT."
     )

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint.exact import load_exactly
-from .config.class_names import ALIASES_KEY, describe_match, match_classes
+from .config.class_names import ALIASES_KEY, describe_match, listed, match_classes
 from .config.model_zoo import checkpoint_url, find_config
 from .config.reading import read_config
 from .data.classes import dataset_classes, with_classes
@@ -126,7 +126,7 @@ class Teacher:
         Args:
             normalises_alike: whether the student's batch can be used as it is, see :meth:`normalises_like`.
         """
-        if self.model.device != student_images.tensor.device:
+        if self.staged.device != student_images.tensor.device:
             self.model.to(student_images.tensor.device)
         divisibility = self.staged.size_divisibility
         if normalises_alike and all(side % divisibility == 0 for side in student_images.tensor.shape[-2:]):
@@ -135,13 +135,10 @@ class Teacher:
             images = self.staged.preprocess(self.in_own_format(batched_inputs, student_format))
         return self.staged.run(images, gt_instances, taps=taps, frozen=True)
 
-    def normalises_like(self, student: nn.Module, student_format: str) -> bool:
+    def normalises_like(self, student: StagedDetector, student_format: str) -> bool:
         """Whether both models make the same tensor of an image; to be asked once, since a GPU has to wait."""
-        return (
-            self.input_format == student_format
-            and torch.equal(self.model.pixel_mean.cpu(), student.pixel_mean.cpu())
-            and torch.equal(self.model.pixel_std.cpu(), student.pixel_std.cpu())
-        )
+        statistics = zip(self.staged.pixel_statistics, student.pixel_statistics)
+        return self.input_format == student_format and all(torch.equal(x.cpu(), y.cpu()) for x, y in statistics)
 
     def in_own_format(self, batched_inputs, student_format: str):
         """The student's dataset dicts with the teacher's channel order."""
@@ -219,7 +216,20 @@ def _take_classes(
             "Teacher: it has %s, but not %s; methods that compare classes cannot use it.", summary, ", ".join(lacks)
         )
         return theirs, lacks
-    staged.keep_classes(found)
+    try:
+        staged.keep_classes(found)
+    except NotImplementedError:
+        if len(theirs) == len(ours):
+            raise UserError(
+                f"The teacher {staged.kind} has the student's classes in another order, and its staged adapter defines no "
+                "keep_classes to sort them; define it, or put DATASETS.CLASSES of the student's config in the teacher's "
+                f"order: {listed(theirs)}."
+            ) from None
+        logger.warning(
+            "Teacher: it has %s, but %s cannot be reduced to them, as its staged adapter defines no keep_classes; methods "
+            "that compare classes cannot use it.", summary, staged.kind,
+        )
+        return theirs, ()
     teacher_cfg.merge_from_list(["DATASETS.CLASSES", tuple(ours), num_classes_key(teacher_cfg), len(ours)])
     logger.info("Teacher: %s", summary)
     return ours, ()

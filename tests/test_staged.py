@@ -236,7 +236,7 @@ def test_decoded_outputs_contain_the_detections(dense):
 
 
 def test_a_detector_without_adapter_is_refused():
-    with pytest.raises(UserError, match=f"Linear cannot be distilled.*choose one of {', '.join(list_staged())} as"):
+    with pytest.raises(UserError, match=f"Linear has no staged adapter.*choose one of {', '.join(list_staged())} as"):
         stage_detector(nn.Linear(1, 1))
 
 

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 
 from d2_distill import provider
 from d2_distill.errors import UserError
+from d2_distill.staged import stage_detector
 from d2_distill.teacher import Teacher, teacher_config
 
 from .data.small_sets import write_coco
@@ -171,7 +172,7 @@ def test_the_model_zoo_needs_the_real_detectron2():
 
 def run(teacher: Teacher, student, inputs):
     images = student.preprocess_image(inputs)
-    alike = teacher.normalises_like(student, "BGR")
+    alike = teacher.normalises_like(stage_detector(student), "BGR")
     return teacher.run(inputs, images, student_format="BGR", normalises_alike=alike), images
 
 

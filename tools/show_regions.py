@@ -106,11 +106,11 @@ class Pair:
         return draw_levels(scene, strides, bands), missing
 
     def _runs(self, sample: dict[str, Any]):
-        device = self.student.model.device
+        device = self.student.device
         images, truth = self.student.preprocess([sample]), [sample["instances"].to(device)]
         teacher_run = None
         if self.teacher is not None:
-            alike = self.teacher.normalises_like(self.student.model, self.cfg.INPUT.FORMAT)
+            alike = self.teacher.normalises_like(self.student, self.cfg.INPUT.FORMAT)
             teacher_run = self.teacher.run(
                 [sample], images, student_format=self.cfg.INPUT.FORMAT, normalises_alike=alike, gt_instances=truth
             )

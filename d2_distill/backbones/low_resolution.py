@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -117,20 +119,22 @@ def build_low_resolution_backbone(cfg, input_shape: ShapeSpec) -> LowResolution:
     return LowResolution(pyramid, factor=node.FACTOR, align_test=node.ALIGN_TEST)
 
 
-def require_levels_used(model: nn.Module) -> None:
-    """A one-stage detector reads every level of a low-resolution pyramid.
+def require_levels_used(backbone: nn.Module, wanted: Sequence[str], kind: str) -> None:
+    """Check that a detector reads every level of a low-resolution pyramid; other backbones may have levels to spare.
+
+    Args:
+        wanted: names of the levels that it reads.
+        kind: what the error message calls the detector.
 
     Raises:
         UserError: it does not, and layers of the pyramid would have no gradient.
     """
-    if not isinstance(model.backbone, LowResolution):
+    if not isinstance(backbone, LowResolution):
         return
-    names = list(model.backbone.output_shape())
-    wanted = getattr(model, "head_in_features", names)
-    unused = [name for name in names if name not in wanted]
+    unused = [name for name in backbone.output_shape() if name not in wanted]
     if unused:
         raise UserError(
-            f"The low-resolution pyramid has {', '.join(unused)}, which the head of {type(model).__name__} "
+            f"The low-resolution pyramid has {', '.join(unused)}, which the head of {kind} "
             f"does not read (it reads {', '.join(wanted)}); leave such levels out by MODEL.FPN.TOP_BLOCK "
             "('P6', or '' for none above P5), or add them to the head's IN_FEATURES."
         )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
+from operator import getitem
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from torch import nn
 
+from ..config.class_names import listed
 from ..detectors.building import num_classes_key, plain_config
 from ..errors import UserError
+from ..staged import adapter_of
 from .registration import declared_names, register_datasets
 
 logger = logging.getLogger(__name__)
-_MAX_NAMED = 10
 
 
 def dataset_classes(cfg: CfgNode, *, register: bool = False) -> list[str]:
@@ -48,20 +51,41 @@ def with_classes(cfg: CfgNode) -> CfgNode:
         return cfg
     if key is None:
         logger.warning(
-            "The config key of %s's number of classes is not known, so it stays as it is, for the %d classes of %s: "
-            "register a staged adapter that declares num_classes_key (docs/architecture.md), or set the number yourself.",
+            "%s has no staged adapter that declares the config key of its number of classes, so that number stays as it is: "
+            "set it for the %d classes of %s, or register an adapter (docs/architecture.md).",
             plain_config(cfg).MODEL.META_ARCHITECTURE, len(names), source,
         )
         return _named(cfg, names)
-    node = functools.reduce(lambda node, part: node[part], key.split(".")[:-1], cfg)
-    before, number = node.NUM_CLASSES, len(names)
+    before, number = functools.reduce(getitem, key.split("."), cfg), len(names)
     if before == number and names == list(cfg.DATASETS.CLASSES):
         return cfg
     sized = _named(cfg, names, key, number)
-    listed = ", ".join(names[:_MAX_NAMED]) + (", ..." if number > _MAX_NAMED else "")
     was = "as it was" if before == number else f"it was {before}"
-    logger.info("%s is %d (%s), for the classes of %s: %s.", key, number, was, source, listed)
+    logger.info("%s is %d (%s), for the classes of %s: %s.", key, number, was, source, listed(names))
     return sized
+
+
+def check_outputs(cfg: CfgNode, model: nn.Module) -> None:
+    """Check that a detector predicts the classes of its config.
+
+    A detector without a staged adapter is asked for its attribute ``num_classes``, which Detectron2's own have; what has
+    none is not checked.
+
+    Raises:
+        UserError: it predicts another number of classes than ``DATASETS.CLASSES`` names.
+    """
+    names, adapter, kind = cfg.DATASETS.CLASSES, adapter_of(type(model)), type(model).__name__
+    if not names:
+        return
+    if adapter is None:
+        outputs, remedy = getattr(model, "num_classes", len(names)), "set its number in the config"
+    else:
+        outputs = adapter(model).num_classes
+        remedy = f"let it read {num_classes_key(cfg)}, which its staged adapter declares"
+    if outputs != len(names):
+        raise UserError(
+            f"{kind} predicts {outputs} classes, but DATASETS.CLASSES has {len(names)} ({listed(names)}); {remedy}."
+        )
 
 
 def _named(cfg: CfgNode, names: list[str], *overrides: object) -> CfgNode:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from operator import getitem
+
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
@@ -9,7 +13,7 @@ from torch import nn
 from ..backbones.low_resolution import require_levels_used
 from ..errors import UserError
 from ..layers.fixed_batch_norm import fix_statistics, unsynchronise
-from ..staged import declared_adapter
+from ..staged import adapter_of, declared_adapter
 from .nms import select_nms
 
 DISTILLER = "Distiller"
@@ -40,8 +44,10 @@ def build_detector(cfg: CfgNode) -> nn.Module:
         known = sorted(entry for entry, _ in META_ARCH_REGISTRY if entry != DISTILLER)
         raise UserError(f"{key} is {name!r}, which is no detector; choose one of {', '.join(known)}.")
     model = build_model(cfg)
-    require_levels_used(model)
-    if model.device.type == "cpu":
+    adapter = adapter_of(type(model))
+    if adapter is not None:
+        require_levels_used(model.backbone, list(adapter(model).feature_shapes()), name)
+    if torch.device(cfg.MODEL.DEVICE).type == "cpu":
         unsynchronise(model)
     if cfg.MODEL.BACKBONE.FIXED_BN_STATISTICS:
         fix_statistics(model.backbone)
@@ -53,10 +59,23 @@ def num_classes_key(cfg: CfgNode) -> str | None:
     """Return the config key that sets the number of classes of the detector's head, as its staged adapter declares it.
 
     None if the detector is unknown, or has no adapter.
+
+    Raises:
+        UserError: the config has no such key.
     """
     cfg = plain_config(cfg)
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         return None
     model_class = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     adapter = declared_adapter(model_class)
-    return None if adapter is None else adapter.num_classes_key(model_class, cfg)
+    if adapter is None:
+        return None
+    key = adapter.num_classes_key(model_class, cfg)
+    try:
+        functools.reduce(getitem, key.split("."), cfg)
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{adapter.__name__}.num_classes_key is {key!r}, which is no key of the config; correct it, or add the key in "
+            "add_config of the file that IMPORTS names."
+        ) from None
+    return key

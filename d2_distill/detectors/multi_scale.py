@@ -24,7 +24,6 @@ from ..staged import (
     DenseRun,
     StagedDense,
     adapter_of,
-    declared_adapter,
     family_of,
     register_staged,
     stage,
@@ -104,7 +103,7 @@ class MultiScaleDetector(nn.Module):
     def from_config(cls, cfg) -> dict[str, Any]:
         node = cfg.MODEL.MSAD
         _check(node)
-        detector = _build_detector(cfg)
+        detector = _inner_class(cfg)(cfg)
         return {
             "detector": detector,
             "fusion": ScaleFusion(
@@ -197,8 +196,8 @@ class StagedMultiScale(StagedDense):
 
     @classmethod
     def num_classes_key(cls, model_class, cfg) -> str:
-        inner = META_ARCH_REGISTRY.get(cfg.MODEL.MSAD.DETECTOR)
-        return declared_adapter(inner).num_classes_key(inner, cfg)
+        inner = _inner_class(cfg)
+        return adapter_of(inner).num_classes_key(inner, cfg)
 
     @property
     def innermost(self) -> nn.Module:
@@ -307,8 +306,8 @@ def _check(node) -> None:
             raise UserError(f"{KEY}.{key} is {value!r}; choose from {', '.join(choices)}.")
 
 
-def _build_detector(cfg) -> DenseDetector:
-    """The detector that ``MODEL.MSAD.DETECTOR`` names.
+def _inner_class(cfg) -> type[DenseDetector]:
+    """Return the class that ``MODEL.MSAD.DETECTOR`` names.
 
     Raises:
         UserError: it is not a one-stage detector.
@@ -319,4 +318,4 @@ def _build_detector(cfg) -> DenseDetector:
             f"{KEY}.DETECTOR is {name!r}, which is no one-stage detector; choose one such as RetinaNet, "
             "OpenMMLabFCOS or GFL."
         )
-    return META_ARCH_REGISTRY.get(name)(cfg)
+    return META_ARCH_REGISTRY.get(name)

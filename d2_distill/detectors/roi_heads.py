@@ -62,6 +62,11 @@ class StagedRoIHeads:
             self._matchers = [roi_heads.proposal_matcher]
 
     @property
+    def in_features(self) -> list[str]:
+        """Names of the features that RoIs are pooled from."""
+        return list(self.roi_heads.box_in_features)
+
+    @property
     def num_stages(self) -> int:
         return len(self._heads)
 
@@ -89,7 +94,7 @@ class StagedRoIHeads:
             features: (N, C, H, W) of each name that the heads read; they may be another detector's.
             boxes: per image, in pixels of the batch.
         """
-        maps = [features[name] for name in self.roi_heads.box_in_features]
+        maps = [features[name] for name in self.in_features]
         x, vectors = self.roi_heads.box_pooler(maps, boxes), []
         for name, layer in _layers(self._heads[index]).items():
             x = layer(x)

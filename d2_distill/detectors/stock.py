@@ -76,15 +76,17 @@ class StagedRCNN(StagedDetector):
     """Two-stage detectors: features, proposals, RoI heads.
 
     Attributes:
-        roi_heads: the RoI heads in stages, if they are StandardROIHeads with boxes only; None for any other RoI heads,
-            which run as a whole.
+        roi_heads: the box branch in stages, of StandardROIHeads and what is derived from them; None for other RoI heads.
+        has_roi_stages: the RoI heads are StandardROIHeads with boxes only; others are trained as a whole.
     """
 
     family = "two-stage"
 
     def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__(model)
-        self.roi_heads = StagedRoIHeads(model.roi_heads) if _is_one_box_branch(model.roi_heads) else None
+        is_standard = isinstance(model.roi_heads, StandardROIHeads)
+        self.roi_heads = StagedRoIHeads(model.roi_heads) if is_standard else None
+        self.has_roi_stages = _is_one_box_branch(model.roi_heads)
 
     @classmethod
     def num_classes_key(cls, model_class, cfg) -> str:
@@ -93,6 +95,11 @@ class StagedRCNN(StagedDetector):
     @property
     def num_classes(self) -> int:
         return self.model.roi_heads.num_classes
+
+    @property
+    def score_threshold(self) -> float:
+        predictors = self.model.roi_heads.box_predictor
+        return (predictors[-1] if isinstance(predictors, nn.ModuleList) else predictors).test_score_thresh
 
     def keep_classes(self, classes: Sequence[int]) -> None:
         keep_roi_classes(self.model.roi_heads, classes)
@@ -122,8 +129,8 @@ class RCNNRun(Run):
 
     @stage
     def rois(self) -> list[RoIStage]:
-        """The box branch on the sampled proposals, in training; nothing if the RoI heads run as a whole."""
-        if self.staged.roi_heads is None:
+        """The box branch on the sampled proposals, in training; nothing if the RoI heads are trained as a whole."""
+        if not self.staged.has_roi_stages:
             return []
         sampled = self.staged.model.roi_heads.label_and_sample_proposals(self.proposals, self.gt_instances)
         return self.staged.roi_heads.run(self.features, sampled, self.gt_instances)

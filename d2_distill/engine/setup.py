@@ -20,7 +20,7 @@ from ..checkpoint.exact import require_file
 from ..config.model_zoo import find_config
 from ..config.reading import read_config
 from ..data.checks import check_datasets
-from ..data.classes import dataset_classes, with_classes
+from ..data.classes import check_outputs, dataset_classes, with_classes
 from ..data.loaded import keep_only
 from ..data.own_sets import name_data
 from ..data.registration import register_datasets
@@ -153,7 +153,10 @@ def _initialised(cfg: CfgNode, resume: bool) -> nn.Module:
     resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if cfg.MODEL.WEIGHTS and not resumes:
         require_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
-    return build_model(cfg).prepare_training() if cfg.MODEL.META_ARCHITECTURE == DISTILLER else build_detector(cfg)
+    distils = cfg.MODEL.META_ARCHITECTURE == DISTILLER
+    model = build_model(cfg) if distils else build_detector(cfg)
+    check_outputs(cfg, model.student if distils else model)
+    return model.prepare_training() if distils else model
 
 
 def _of_evaluation(cfg: CfgNode) -> CfgNode:

@@ -22,6 +22,7 @@ from ..data.mapper import CheckedDatasetMapper
 from ..distiller import Distiller
 from ..errors import UserError
 from ..evaluation.coco import CheckedCOCOEvaluator
+from ..evaluation.known_classes import KnownClasses
 from ..evaluation.voc import VOCEvaluator
 from ..layers.memory_format import in_fast_layout
 from .hooks import LossNormalizers, SeedEveryStep, StopOnSignal, TrainingClock
@@ -65,8 +66,10 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """COCO or Pascal VOC protocol, by the data set's ``evaluator_type``."""
         if MetadataCatalog.get(dataset_name).get("evaluator_type", "coco") == "pascal_voc":
-            return VOCEvaluator(dataset_name, cfg.TEST.VOC_CONVENTION)
-        return CheckedCOCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+            evaluator = VOCEvaluator(dataset_name, cfg.TEST.VOC_CONVENTION)
+        else:
+            evaluator = CheckedCOCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return KnownClasses(evaluator, dataset_name)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -126,7 +129,8 @@ def _distributed(model: nn.Module) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
     # DDP accepts device ids of GPUs only.
-    device_ids: list[int] | None = None if model.device.type == "cpu" else [comm.get_local_rank()]
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    device_ids: list[int] | None = None if on_cpu else [comm.get_local_rank()]
     with warnings.catch_warnings():
         # It is about another name of the last argument, which older versions of torch do not know.
         warnings.simplefilter("ignore", FutureWarning)

@@ -13,7 +13,7 @@ from torch import nn
 from ..assistants.proposals import DenseProposer
 from ..assistants.roi import RoIAssistant, roi_features
 from ..assistants.tracing import BRANCH, TracedAdapter
-from ..detectors.roi_heads import RoIStage, StagedRoIHeads
+from ..detectors.roi_heads import RoIStage
 from ..detectors.stock import RCNNRun
 from ..errors import PairError, UserError
 from ..staged import DenseRun, Run, StagedDense, StagedDetector, Tap
@@ -89,7 +89,7 @@ class TracedRoIs(RoISetting):
     @classmethod
     def build(cls, cfg: CfgNode, student: StagedDense, teacher: Teacher | None) -> "TracedRoIs":
         node, cross = cfg.MODEL.DISTILL.HEAD, None
-        options = {} if teacher is None else {"count": len(teacher.staged.model.roi_heads.box_in_features)}
+        options = {} if teacher is None else {"count": len(teacher.staged.roi_heads.in_features)}
         shapes = roi_features(student, node.IN_FEATURES, f"{KEY}.IN_FEATURES", **options)
         assistant = _build_assistant(cfg, shapes, student, teacher)
         if node.CKD_WEIGHT:
@@ -122,10 +122,9 @@ class SharedRoIs(RoISetting):
     @classmethod
     def build(cls, cfg: CfgNode, student: StagedDetector, teacher: Teacher | None) -> "SharedRoIs":
         node, cross = cfg.MODEL.DISTILL.HEAD, None
-        if getattr(student, "roi_heads", None) is None:
-            heads = getattr(student.model, "roi_heads", student.model)
+        if not student.has_roi_stages:
             raise PairError(
-                f"HEAD cannot use the student's RoI heads {type(heads).__name__}: they must be "
+                f"HEAD cannot use the RoI heads of the student {' '.join([student.kind, *student.traits()])}: they must be "
                 "StandardROIHeads with boxes only; set MODEL.ROI_HEADS.NAME to 'StandardROIHeads', and MODEL.MASK_ON, "
                 "MODEL.KEYPOINT_ON and MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES to False."
             )
@@ -148,15 +147,14 @@ class SharedRoIs(RoISetting):
 @torch.no_grad()
 def _teacher_vectors(teacher: RCNNRun, stages: Sequence[RoIStage]) -> list[list[torch.Tensor]]:
     """For each stage, the vectors of the teacher's same stage on the RoIs of the assistant's."""
-    roi_heads = StagedRoIHeads(teacher.staged.model.roi_heads)
     return [
-        roi_heads.stage(index, teacher.features, [image.proposal_boxes for image in stage.proposals]).vectors
+        teacher.staged.roi_heads.stage(index, teacher.features, [image.proposal_boxes for image in stage.proposals]).vectors
         for index, stage in enumerate(stages)
     ]
 
 
 def _teacher_dims(teacher: Teacher) -> list[int]:
-    return StagedRoIHeads(teacher.staged.model.roi_heads).fc_dims
+    return teacher.staged.roi_heads.fc_dims
 
 
 def _build_assistant(
@@ -167,14 +165,14 @@ def _build_assistant(
         return RoIAssistant.build(cfg, shapes, student.num_classes)
     assistant = RoIAssistant.build(teacher.cfg, shapes, student.num_classes, owner="teacher")
     if cfg.MODEL.DISTILL.HEAD.ASSISTANT_INIT == "teacher":
-        assistant.load(teacher.staged.model.roi_heads)
+        assistant.load(teacher.staged.roi_heads.roi_heads)
     return assistant
 
 
 def _same_strides(student: StagedDetector, other: StagedDetector) -> list[str]:
     """The student's features of the strides that the other's RoI head reads, fine to coarse."""
     ours, theirs = student.feature_shapes(), other.feature_shapes()
-    wanted = {theirs[name].stride for name in other.model.roi_heads.box_in_features}
+    wanted = {theirs[name].stride for name in other.roi_heads.in_features}
     names = [name for name, shape in ours.items() if shape.stride in wanted]
     if len(names) < len(wanted):
         raise PairError(

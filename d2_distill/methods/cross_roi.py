@@ -7,10 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.modeling.roi_heads import StandardROIHeads
 
 from ..config.keys import extend_config
-from ..detectors.roi_heads import StagedRoIHeads
 from ..detectors.stock import RCNNRun
 from ..errors import PairError, UserError
 from ..losses import kd_kl_div_loss, weighted_mean
@@ -72,7 +70,7 @@ class CrossKDRoI(DistillMethod):
     def forward(self, student: RCNNRun, teacher: RCNNRun) -> dict[str, torch.Tensor]:
         boxes = [proposals.proposal_boxes for proposals in student.sampled_proposals]
         features = {theirs: student.features[ours] for theirs, ours in self.levels.items()}
-        roi_heads = StagedRoIHeads(teacher.staged.model.roi_heads)
+        roi_heads = teacher.staged.roi_heads
         outputs = roi_heads.stage(0, features, boxes)
         with torch.no_grad():
             targets = roi_heads.stage(0, teacher.features, boxes)
@@ -88,13 +86,12 @@ class CrossKDRoI(DistillMethod):
 
 def _require_standard_heads(student: StagedDetector, teacher: StagedDetector) -> None:
     for side, detector in (("student", student), ("teacher", teacher)):
-        heads = getattr(detector.model, "roi_heads", None) if detector.family == "two-stage" else None
-        if not isinstance(heads, StandardROIHeads):
+        if detector.roi_heads is None:
             raise PairError(
                 f"CrossKDRoI cannot use the {side} {detector.kind} (student {student.kind}, teacher {teacher.kind}); "
                 "both must be GeneralizedRCNN with MODEL.ROI_HEADS.NAME 'StandardROIHeads'."
             )
-    if StagedRoIHeads(teacher.model.roi_heads).num_stages > 1:
+    if teacher.roi_heads.num_stages > 1:
         raise PairError(
             "CrossKDRoI cannot use a teacher with a cascade of box heads; choose one whose MODEL.ROI_HEADS.NAME is "
             "'StandardROIHeads'."
@@ -106,7 +103,7 @@ def _match_levels(student: StagedDetector, teacher: StagedDetector) -> dict[str,
     ours, theirs = student.feature_shapes(), teacher.feature_shapes()
     by_stride = {shape.stride: name for name, shape in ours.items()}
     levels = {}
-    for name in teacher.model.roi_heads.box_in_features:
+    for name in teacher.roi_heads.in_features:
         stride, channels = theirs[name].stride, theirs[name].channels
         if stride not in by_stride:
             raise PairError(

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.utils.events import get_event_storage
 
 from ..config.keys import extend_config
@@ -128,11 +127,10 @@ def _choose(student: StagedDetector, teacher: Teacher | None) -> type[AssistSett
                 "two-stage detector."
             )
     if teacher is not None and teacher.staged.family == "two-stage":
-        roi_heads = getattr(teacher.staged.model, "roi_heads", None)
-        if not isinstance(roi_heads, StandardROIHeads):
+        if teacher.staged.roi_heads is None:
             raise PairError(
-                f"HEAD cannot use the teacher's RoI heads {type(roi_heads).__name__}; choose a teacher whose "
-                "MODEL.ROI_HEADS.NAME is 'StandardROIHeads' or 'CascadeROIHeads'."
+                f"HEAD cannot use the RoI heads of the teacher {' '.join([teacher.staged.kind, *teacher.staged.traits()])}; "
+                "choose a teacher whose MODEL.ROI_HEADS.NAME is 'StandardROIHeads' or 'CascadeROIHeads'."
             )
     if student.family == "two-stage":
         if teacher is not None and teacher.staged.family != "two-stage":

@@ -290,6 +290,6 @@ def test_a_run_offers_the_students_own_vectors():
 )
 def test_other_heads_run_as_a_whole(case, overrides):
     staged, inputs = stage_detector(build(detector_cfg(case, **overrides)).train()), batch()
-    assert staged.roi_heads is None
+    assert staged.roi_heads.num_stages == (3 if case == CASCADE else 1) and not staged.has_roi_stages
     run = staged.run(staged.preprocess(inputs), [x["instances"] for x in inputs])
     assert run.rois == []

@@ -9,10 +9,10 @@ import os
 import sys
 from typing import Any
 
+import recorder
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
-import recorder
 import train_net
 from d2_distill.engine import start
 

@@ -24,12 +24,13 @@ def describe_model(
         cfg: of the detector, distilled or not.
         fixed_size: (H, W) of every image; None if it is free.
     """
+    staged = stage_detector(model)
     height, width = fixed_size or ("H", "W")
     description = {
         "format": FORMAT,
         "detector": plain_config(cfg).MODEL.META_ARCHITECTURE,
         "class_names": dataset_classes(cfg),
-        "num_classes": stage_detector(model).num_classes,
+        "num_classes": staged.num_classes,
         "input": "image",
         "input_type": "uint8",
         "input_shape": ["N" if raw else 1, 3, height, width],
@@ -38,20 +39,12 @@ def describe_model(
         "max_size_test": cfg.INPUT.MAX_SIZE_TEST,
         "fixed_size": list(fixed_size) if fixed_size else None,
         "pad_value": [round(value) for value in cfg.MODEL.PIXEL_MEAN],
-        "size_divisibility": stage_detector(model).size_divisibility,
+        "size_divisibility": staged.size_divisibility,
         "outputs": list(output_names),
         "post_processing": not raw,
         "torch": str(torch.__version__),
     }
     if not raw:
-        description["score_threshold"] = _score_threshold(model)
+        description["score_threshold"] = staged.score_threshold
         description["max_detections"] = cfg.TEST.DETECTIONS_PER_IMAGE
     return description
-
-
-def _score_threshold(model: nn.Module) -> float:
-    staged = stage_detector(model)
-    if staged.family == "dense":
-        return staged.innermost.test_score_thresh
-    predictor = model.roi_heads.box_predictor
-    return (predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor).test_score_thresh

@@ -49,8 +49,8 @@ class RawOutputs(nn.Module):
         self._staged = stage_detector(model)
         if self._staged.family != "dense":
             raise UserError(
-                f"{type(model).__name__} has no raw outputs: its second stage reads selected RoIs; export it with "
-                "its post-processing, without --raw."
+                f"{type(model).__name__} has no raw outputs: only one-stage detectors predict something at every anchor; "
+                "export it with its post-processing, without --raw."
             )
         self.output_names = (*self._staged.predictors, "scores", "boxes")
 

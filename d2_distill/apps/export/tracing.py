@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from ...config import user_code
+
 # Packages whose modules take part in a detector.
-PACKAGES = ("detectron2", "d2_distill")
+PACKAGES = ("detectron2", "d2_distill", user_code.PACKAGE)
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ class Preparation:
 def other_preparations(cfg: CfgNode, teacher: Teacher) -> list[Preparation]:
     """Those that differ from what the student's config and the teacher's say."""
     found = [Preparation("with red and blue exchanged", "correct INPUT.FORMAT of the teacher's config", swap=True)]
-    own = tuple(_values(getattr(teacher.model, name)) for name in ("pixel_mean", "pixel_std"))
+    own = tuple(map(_values, teacher.staged.pixel_statistics))
     for name, pair in STATISTICS.items():
         statistics = tuple(tuple(values[::-1] if teacher.input_format == "RGB" else values) for values in pair)
         if not torch.allclose(torch.tensor(own), torch.tensor(statistics), rtol=0.02):
@@ -107,8 +107,7 @@ class TeacherDetector:
             image = image.flip(0)
         if preparation.statistics is not None:
             mean, std = (torch.tensor(values).view(3, 1, 1) for values in preparation.statistics)
-            model = self.teacher.model
-            own_mean, own_std = (x.cpu().view(3, 1, 1) for x in (model.pixel_mean, model.pixel_std))
+            own_mean, own_std = (x.cpu().view(3, 1, 1) for x in self.teacher.staged.pixel_statistics)
             image = (image - mean) / std * own_std + own_mean  # what the model then makes (image - mean) / std
         return image
 

@@ -10,7 +10,7 @@ from detectron2.structures import Boxes
 from d2_distill.boxes.anchor_grid import valid_cells
 from d2_distill.boxes.geometry import boxes_from_distances, distances_to_sides
 from d2_distill.detectors.box_coders import DistributionCoder
-from d2_distill.postprocess.selection import CLUSTER_NMS, OWN_NMS
+from d2_distill.detectors.nms import CLUSTER_NMS, OWN_NMS
 
 from ..cases import Case
 from ..dispatch import assert_recorded
