@@ -5,7 +5,7 @@ from __future__ import annotations
 from .assignment import Assignment
 from .atss import ATSSMatch, atss_thresholds, match_atss
 from .ground_truth import BACKGROUND, IGNORED, GroundTruth
-from .max_iou import claim_best_anchors, match_max_iou
+from .max_iou import match_max_iou
 from .points import match_points
 from .strategies import ATSSAssigner, MaxIoUAssigner, PointAssigner
 from .valid_locations import valid_locations
@@ -20,7 +20,6 @@ __all__ = [
     "MaxIoUAssigner",
     "PointAssigner",
     "atss_thresholds",
-    "claim_best_anchors",
     "match_atss",
     "match_max_iou",
     "match_points",
