@@ -5,7 +5,7 @@ from __future__ import annotations
 from .assignment import BACKGROUND, IGNORED, Assignment, Match
 from .atss import ATSSMatch, atss_thresholds, match_atss
 from .ground_truth import GroundTruth
-from .max_iou import claim_best_anchors, match_max_iou
+from .max_iou import match_max_iou
 from .points import match_points
 from .strategies import Assigner, ATSSAssigner, MaxIoUAssigner, PointAssigner, Predicted
 
@@ -22,7 +22,6 @@ __all__ = [
     "PointAssigner",
     "Predicted",
     "atss_thresholds",
-    "claim_best_anchors",
     "match_atss",
     "match_max_iou",
     "match_points",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..boxes.chunks import box_chunks
 from ..boxes.geometry import centers_of, depth_inside
 from ..boxes.overlaps import pairwise_overlaps
 from .assignment import BACKGROUND
@@ -56,7 +57,7 @@ def match_atss(
         valid_anchors: (N, R) bool, the anchors that take part; None: all.
         topk: candidates a level.
     """
-    candidates = _nearest_anchors(anchors, level_sizes, boxes, valid_anchors, topk)
+    candidates = _nearest_anchors(anchors, level_sizes, boxes, valid_boxes, valid_anchors, topk)
     thresholds = _thresholds(candidates)
     depths = depth_inside(centers_of(anchors)[candidates.anchors], boxes[:, :, None])
     positive = candidates.real & valid_boxes[..., None]
@@ -70,31 +71,45 @@ def atss_thresholds(
     boxes: torch.Tensor,
     valid_anchors: torch.Tensor | None = None,
     topk: int = 9,
+    valid_boxes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The thresholds (N, G) of :func:`match_atss` alone, for detectors that assign otherwise."""
-    return _thresholds(_nearest_anchors(anchors, level_sizes, boxes, valid_anchors, topk))
+    """Return the thresholds (N, G) of :func:`match_atss` alone, for detectors that assign otherwise.
+
+    Without ``valid_boxes`` padding counts as boxes, which takes longer if an image has many boxes.
+    """
+    if valid_boxes is None:
+        valid_boxes = torch.ones_like(boxes[..., 0], dtype=torch.bool)
+    return _thresholds(_nearest_anchors(anchors, level_sizes, boxes, valid_boxes, valid_anchors, topk))
 
 
 def _nearest_anchors(
     anchors: torch.Tensor,
     level_sizes: Sequence[int],
     boxes: torch.Tensor,
+    valid_boxes: torch.Tensor,
     valid_anchors: torch.Tensor | None,
     topk: int,
 ) -> _Candidates:
-    # The form by matrix multiplication would be off by whole pixels on large images.
-    distances = torch.cdist(
-        centers_of(boxes), centers_of(anchors), compute_mode="donot_use_mm_for_euclid_dist"
-    )
-    if valid_anchors is not None:
-        distances = distances.masked_fill(~valid_anchors[:, None], float("inf"))
-    nearest, indices, start = [], [], 0
-    for level in distances.split(list(level_sizes), dim=-1):
-        values, inside_level = level.topk(min(topk, level.shape[-1]), largest=False, sorted=False)
-        nearest.append(values)
-        indices.append(inside_level + start)
-        start += level.shape[-1]
-    real, index = torch.cat(nearest, dim=-1).isfinite(), torch.cat(indices, dim=-1)
+    num_candidates = sum(min(topk, size) for size in level_sizes)
+    real = torch.zeros(*valid_boxes.shape, num_candidates, dtype=torch.bool, device=boxes.device)
+    index = torch.zeros_like(real, dtype=torch.int64)
+    box_centers, anchor_centers = centers_of(boxes), centers_of(anchors)
+    for images, some in box_chunks(valid_boxes, len(anchors)):
+        # The form by matrix multiplication would be off by whole pixels on large images.
+        distances = torch.cdist(
+            box_centers[images, some], anchor_centers, compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        if valid_anchors is not None:
+            distances.masked_fill_(~valid_anchors[images, None], float("inf"))
+        start = 0
+        nearest, indices = [], []
+        for level in distances.split(list(level_sizes), dim=-1):
+            values, inside_level = level.topk(min(topk, level.shape[-1]), largest=False, sorted=False)
+            nearest.append(values)
+            indices.append(inside_level + start)
+            start += level.shape[-1]
+        real[images, some] = torch.cat(nearest, dim=-1).isfinite()
+        index[images, some] = torch.cat(indices, dim=-1)
     overlaps = pairwise_overlaps(anchors[index], boxes[:, :, None]).squeeze(-1)
     return _Candidates(index, overlaps.masked_fill(~real, 0), real)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
+from ..boxes.chunks import reduce_over_boxes
 from ..boxes.overlaps import pairwise_overlaps
 from .assignment import BACKGROUND, IGNORED
 
@@ -38,31 +40,60 @@ def match_max_iou(
     """
     if boxes.shape[1] == 0:
         return torch.full((len(boxes), len(anchors)), BACKGROUND, device=anchors.device)
-    overlaps = pairwise_overlaps(boxes, anchors, "iou").masked_fill(~valid_boxes[..., None], 0)
-    if valid_anchors is not None:
-        overlaps = overlaps * valid_anchors[:, None]
-    best, matches = overlaps.max(dim=1)
-    level = torch.bucketize(best, best.new_tensor(thresholds), right=True)
-    label = torch.tensor(labels, device=best.device)[level]
+    numbers = torch.arange(1, boxes.shape[1] + 1, dtype=torch.int32, device=boxes.device)
+
+    def find(images: slice, some: slice) -> _Found:
+        overlaps = pairwise_overlaps(boxes[images, some], anchors)
+        overlaps.masked_fill_(~valid_boxes[images, some, None], 0)
+        if valid_anchors is not None:
+            overlaps.masked_fill_(~valid_anchors[images, None], 0)
+        best, nearest = overlaps.max(dim=1)
+        return _Found(best, nearest.add_(some.start), claimants(overlaps, numbers[some]))
+
+    best, matches, claimant = reduce_over_boxes(find, _Found.combined, valid_boxes, len(anchors))
+    label = torch.full_like(matches, labels[0])
+    for threshold, above in zip(thresholds, labels[1:]):  # ascending; numbers, which need no upload to a GPU
+        label = label.masked_fill(best >= threshold, above)
     matches = matches.masked_fill(label == 0, BACKGROUND).masked_fill(label == -1, IGNORED)
-    return claim_best_anchors(overlaps, matches)
+    return torch.where(claimant > 0, claimant - 1, matches)
 
 
-def claim_best_anchors(overlaps: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
-    """Give each box all the anchors that attain its highest IoU, whatever they were assigned before.
+class _Found(NamedTuple):
+    """What some boxes of each image are to its anchors, (N, R) each.
+
+    Attributes:
+        best: highest IoU.
+        matches: index of the first box that attains it.
+        claimant: number of the last box that claims the anchor, counted from 1; 0: nobody.
+    """
+
+    best: torch.Tensor
+    matches: torch.Tensor
+    claimant: torch.Tensor
+
+    def combined(self, later: _Found) -> _Found:
+        """Of these boxes and of some that follow them."""
+        better = later.best > self.best
+        return _Found(
+            later.best.where(better, self.best),
+            later.matches.where(better, self.matches),
+            later.claimant.maximum(self.claimant),
+        )
+
+
+def claimants(overlaps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return which box claims each anchor: a box claims all anchors that attain its highest IoU.
 
     An anchor that several boxes claim goes to the last of them. A box that overlaps no anchor claims none;
     the reference lets it grab every anchor that it does not touch.
 
     Args:
         overlaps: (N, G, R) IoU of G > 0 boxes with R anchors.
-        matches: (N, R) assignment so far; not changed.
+        numbers: (G,) positive and ascending, how to call the boxes.
 
     Returns:
-        New matches.
+        (N, R) int64; 0: nobody.
     """
     highest = overlaps.amax(dim=2, keepdim=True)
     claims = (overlaps == highest) & (highest > 0)
-    order = torch.arange(1, overlaps.shape[1] + 1, dtype=torch.int32, device=overlaps.device)
-    claimant = (claims * order[:, None]).amax(dim=1).long()  # 1-based, 0: nobody
-    return torch.where(claimant > 0, claimant - 1, matches)
+    return (claims * numbers[:, None]).amax(dim=1).long()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..boxes.geometry import centers_of
+from ..boxes.chunks import reduce_over_boxes
 from .assignment import BACKGROUND
 
 
@@ -42,18 +42,23 @@ def match_points(
     areas = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1).masked_fill(~valid_boxes, float("inf"))
     order = areas.argsort(dim=1, stable=True)
     boxes = boxes.gather(1, order[..., None].expand_as(boxes))[:, :, None]
-
+    valid_boxes = valid_boxes.gather(1, order)
+    ranks = torch.arange(num_boxes, dtype=torch.int32, device=boxes.device)[:, None]
     x, y = points.unbind(dim=-1)
-    left, top, right, bottom = boxes.unbind(dim=-1)  # (N, G, 1) each
-    farthest = (x - left).maximum(right - x).maximum((y - top).maximum(bottom - y))
-    fits = (farthest >= size_ranges[:, 0]) & (farthest <= size_ranges[:, 1])
-    fits &= valid_boxes.gather(1, order)[..., None]
-    if center_sampling_radius > 0:
-        reach = center_sampling_radius * strides
-        center_x, center_y = centers_of(boxes).unbind(dim=-1)
-        left, right = left.maximum(center_x - reach), right.minimum(center_x + reach)
-        top, bottom = top.maximum(center_y - reach), bottom.minimum(center_y + reach)
-    fits &= (x > left) & (x < right) & (y > top) & (y < bottom)
-    ranks = torch.arange(num_boxes, dtype=torch.int32, device=fits.device)[:, None]
-    first = ranks.where(fits, num_boxes).amin(dim=1).long()
+    reach = center_sampling_radius * strides
+
+    def first_fit(images: slice, some: slice) -> torch.Tensor:
+        left, top, right, bottom = boxes[images, some].unbind(dim=-1)  # (n, g, 1) each
+        farthest = (x - left).maximum(right - x).maximum((y - top).maximum(bottom - y))
+        fits = (farthest >= size_ranges[:, 0]) & (farthest <= size_ranges[:, 1])
+        fits &= valid_boxes[images, some, None]
+        del farthest
+        for position, start, end in (x, left, right), (y, top, bottom):
+            if center_sampling_radius > 0:
+                center = (start + end) / 2
+                start, end = start.maximum(center - reach), end.minimum(center + reach)
+            fits &= (position > start) & (position < end)
+        return ranks[some].where(fits, num_boxes).amin(dim=1)
+
+    first = reduce_over_boxes(first_fit, torch.minimum, valid_boxes, len(points)).long()
     return F.pad(order, (0, 1), value=BACKGROUND).gather(1, first)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..boxes.geometry import centers_of
@@ -11,6 +13,9 @@ from ..boxes.overlaps import pairwise_overlaps
 DISTANCE_EXPONENT = 0.8
 VOTING_OVERLAP = 0.7
 VOTING_SIGMA = 0.025
+
+# Pairs of boxes that are compared at once. Each takes up to 200 bytes if all overlap, here 200 MiB.
+MAX_PAIRS = 2**20
 
 
 def cluster_nms(
@@ -44,23 +49,53 @@ def cluster_nms(
     Returns:
         (k,) indices of the kept boxes, best first, and their (k, 4) boxes.
     """
-    order = scores.argsort(descending=True, stable=True)
-    boxes, scores, classes = boxes[order], scores[order], classes[order]
-    iou = pairwise_overlaps(boxes, boxes)
-    # X is at most the IoU, so that the few pairs of sufficient IoU are all that can suppress or vote.
-    sufficient = (iou > min(iou_threshold, VOTING_OVERLAP)) & (classes[:, None] == classes)
-    first, second = sufficient.triu(diagonal=1).nonzero(as_tuple=True)
-    iou = overlaps = iou[first, second]
-    if overlap == "diou":
-        overlaps = iou - _relative_distance(boxes[first], boxes[second]) ** DISTANCE_EXPONENT
-    suppresses = overlaps > iou_threshold
-    kept = _greedily_kept(len(boxes), first[suppresses], second[suppresses])
-    if voting == "score":
-        weights = torch.exp(-((1 - overlaps) ** 2) / VOTING_SIGMA) * (overlaps > VOTING_OVERLAP)
-        boxes = _voted(boxes, scores, first, second, weights)
-    elif voting == "weighted":
-        boxes = _voted(boxes, scores, first, second, iou * suppresses)
-    return order[kept], boxes[kept]
+    by_score = scores.argsort(descending=True, stable=True)
+    by_class = classes[by_score].argsort(stable=True)  # each class best first
+    order = by_score[by_class]
+    boxes, classes = boxes[order], classes[order]
+    votes = _Votes(boxes, scores[order]) if voting != "none" else None
+    kept = torch.ones_like(order, dtype=torch.bool)
+    places = torch.arange(len(order), device=order.device)
+    for rows, columns in _blocks(classes):
+        # What boxes of earlier blocks suppress does nothing itself.
+        rows = places[rows][kept[rows]]
+        iou = pairwise_overlaps(boxes[rows], boxes[columns])
+        # X is at most the IoU, so that the few pairs of sufficient IoU are all that can suppress or vote.
+        first, second = (iou > min(iou_threshold, VOTING_OVERLAP)).nonzero(as_tuple=True)
+        iou = iou[first, second]
+        first, second = rows[first], second + columns.start
+        behind = ((first < second) & (classes[first] == classes[second])).nonzero().squeeze(dim=1)
+        first, second, iou = first[behind], second[behind], iou[behind]
+        overlaps = iou
+        if overlap == "diou":
+            overlaps = iou - _relative_distance(boxes[first], boxes[second]) ** DISTANCE_EXPONENT
+        suppresses = overlaps > iou_threshold
+        kept = _greedily_kept(kept, first[suppresses], second[suppresses])
+        if votes is not None:
+            heard = kept[first].nonzero().squeeze(dim=1)
+            weights = _weights(iou[heard], overlaps[heard], iou_threshold, voting)
+            votes.add(first[heard], second[heard], weights)
+    if votes is not None:
+        boxes = votes.means()
+    ranks, best_first = by_class[kept].sort()
+    return by_score[ranks], boxes[kept][best_first]
+
+
+def _blocks(classes: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of the rows and of the columns of all pairs, of at most :data:`MAX_PAIRS` (or one row) each.
+
+    The columns reach from the first of the rows to the end of the last one's class, in ascending ``classes``.
+    """
+    if len(classes) ** 2 <= MAX_PAIRS:
+        yield slice(0, len(classes)), slice(0, len(classes))
+        return
+    ends = torch.searchsorted(classes, classes, right=True).tolist()
+    start = 0
+    for stop, end in enumerate(ends[1:], start=1):
+        if (stop + 1 - start) * (end - start) > MAX_PAIRS:
+            yield slice(start, stop), slice(start, ends[stop - 1])
+            start = stop
+    yield slice(start, len(ends)), slice(start, len(ends))
 
 
 def _relative_distance(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
@@ -70,32 +105,50 @@ def _relative_distance(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tens
     return offset.square().sum(dim=1) / (diagonal.square().sum(dim=1) + 1e-7)
 
 
-def _greedily_kept(num_boxes: int, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """(n,) bool: what greedy NMS keeps, if box ``first[p]`` suppresses ``second[p]``, which is behind it.
+def _greedily_kept(candidates: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """(n,) bool: what greedy NMS keeps of the ``candidates``, (n,) bool, if box ``first[p]`` suppresses
+    ``second[p]``, which is behind it.
 
     Round t settles at least the first t boxes, so that the iteration ends; in practice after a few rounds.
     """
-    kept = first.new_ones(num_boxes, dtype=torch.bool)
+    kept = candidates
     while True:
-        update = torch.ones_like(kept)
+        update = candidates.clone()
         update[second[kept[first]]] = False
         if torch.equal(update, kept):
             return kept
         kept = update
 
 
-def _voted(
-    boxes: torch.Tensor,
-    scores: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
-    weights: torch.Tensor,
+def _weights(
+    iou: torch.Tensor, overlaps: torch.Tensor, iou_threshold: float, voting: str
 ) -> torch.Tensor:
-    """(n, 4) means: ``second[p]`` votes on ``first[p]`` with ``weights[p]`` times its score, and each box on
-    itself with its score.
+    """(P,) w_ij / s_j of the pairs with ``iou`` and X_ij ``overlaps``, (P,) each."""
+    if voting == "score":
+        return torch.exp(-((1 - overlaps) ** 2) / VOTING_SIGMA) * (overlaps > VOTING_OVERLAP)
+    return iou * (overlaps > iou_threshold)
+
+
+class _Votes:
+    """Sums of votes on boxes: each box votes on itself with its score.
+
+    Args:
+        boxes: (n, 4).
+        scores: (n,).
     """
-    # In float64 a box that nobody else votes on stays itself; a score of 0 must leave it one vote.
-    scores = scores.double().clamp(min=torch.finfo(torch.float32).tiny)
-    weighted = torch.cat([boxes.double(), boxes.new_ones(len(boxes), 1).double()], dim=1) * scores[:, None]
-    sums = weighted.index_add(0, first, weights.double()[:, None] * weighted[second])
-    return (sums[:, :4] / sums[:, 4:]).to(boxes.dtype)
+
+    def __init__(self, boxes: torch.Tensor, scores: torch.Tensor):
+        # In float64 a box that nobody else votes on stays itself; a score of 0 must leave it one vote.
+        scores = scores.double().clamp(min=torch.finfo(torch.float32).tiny)
+        ones = boxes.new_ones(len(boxes), 1)
+        self.weighted = torch.cat([boxes, ones], dim=1).double() * scores[:, None]
+        self.sums = self.weighted.clone()
+        self.dtype = boxes.dtype
+
+    def add(self, first: torch.Tensor, second: torch.Tensor, weights: torch.Tensor) -> None:
+        """Let ``second[p]`` vote on ``first[p]`` with ``weights[p]`` times its score."""
+        self.sums.index_add_(0, first, weights.double()[:, None] * self.weighted[second])
+
+    def means(self) -> torch.Tensor:
+        """(n, 4) boxes that are voted for."""
+        return (self.sums[:, :4] / self.sums[:, 4:]).to(self.dtype)

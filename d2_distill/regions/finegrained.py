@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..boxes.chunks import reduce_over_boxes
 from ..boxes.overlaps import pairwise_overlaps
 
 
@@ -26,8 +27,12 @@ def finegrained_region(
     Returns:
         (N, R) bool. A box that touches no anchor adds none.
     """
-    overlaps = pairwise_overlaps(boxes, anchors)
-    if valid_anchors is not None:
-        overlaps = overlaps.masked_fill(~valid_anchors[:, None], 0)
-    near = overlaps > factor * overlaps.amax(dim=-1, keepdim=True)
-    return (near & valid_boxes[..., None]).any(dim=1)
+
+    def near(images: slice, some: slice) -> torch.Tensor:
+        overlaps = pairwise_overlaps(boxes[images, some], anchors)
+        if valid_anchors is not None:
+            overlaps.masked_fill_(~valid_anchors[images, None], 0)
+        near_box = overlaps > factor * overlaps.amax(dim=-1, keepdim=True)
+        return (near_box & valid_boxes[images, some, None]).any(dim=1)
+
+    return reduce_over_boxes(near, torch.logical_or, valid_boxes, len(anchors))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..boxes.chunks import reduce_over_boxes
+
 
 def feature_energy(features: torch.Tensor) -> torch.Tensor:
     """G^S of FGD: the mean of |F| over the channels, (N, C, H, W) -> (N, H, W)."""
@@ -37,15 +39,19 @@ def focal_masks(
     Returns:
         foreground and background, (N, H, W) each; one of them is 0 in each cell.
     """
-    starts, ends = boxes.unflatten(-1, (2, 2)).unbind(dim=-2)
-    starts, ends = (starts / stride).floor(), (ends / stride).ceil()
-    inside = []
-    for axis, length in enumerate(reversed(size)):
-        cells = torch.arange(length, device=boxes.device)
-        inside.append((cells >= starts[..., axis, None]) & (cells < ends[..., axis, None]))
-    covered = inside[1][..., :, None] & inside[0][..., None, :] & valid_boxes[..., None, None]
-    weights = covered / covered.flatten(start_dim=2).sum(dim=-1).clamp(min=1)[..., None, None]
-    # There may be no box at all.
-    foreground = torch.cat([weights, weights.new_zeros(len(boxes), 1, *size)], dim=1).amax(dim=1)
+    left, top = (boxes[..., :2] / stride).floor().unbind(dim=-1)
+    right, bottom = (boxes[..., 2:] / stride).ceil().unbind(dim=-1)
+    rows, columns = (torch.arange(length, device=boxes.device) for length in size)
+
+    def weights(images: slice, some: slice) -> torch.Tensor:
+        covers_row = (rows >= top[images, some, None]) & (rows < bottom[images, some, None])
+        covers_column = (columns >= left[images, some, None]) & (columns < right[images, some, None])
+        covered = (covers_row & valid_boxes[images, some, None])[..., None] & covers_column[..., None, :]
+        return (covered / covered.flatten(start_dim=2).sum(dim=-1).clamp(min=1)[..., None, None]).amax(dim=1)
+
+    if boxes.shape[1]:
+        foreground = reduce_over_boxes(weights, torch.maximum, valid_boxes, size[0] * size[1])
+    else:
+        foreground = torch.zeros(len(boxes), *size, device=boxes.device)
     background = foreground == 0
     return foreground, background / background.flatten(start_dim=1).sum(dim=-1).clamp(min=1)[:, None, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..boxes.chunks import reduce_over_boxes
 from ..boxes.geometry import depth_inside
 
 
@@ -18,4 +19,9 @@ def inside_boxes(points: torch.Tensor, boxes: torch.Tensor, valid_boxes: torch.T
     Returns:
         (N, R) bool.
     """
-    return ((depth_inside(points, boxes[:, :, None]) > 0) & valid_boxes[..., None]).any(dim=1)
+
+    def inside(images: slice, some: slice) -> torch.Tensor:
+        depths = depth_inside(points, boxes[images, some, None])
+        return ((depths > 0) & valid_boxes[images, some, None]).any(dim=1)
+
+    return reduce_over_boxes(inside, torch.logical_or, valid_boxes, len(points))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..boxes.chunks import reduce_over_boxes
 from ..boxes.overlaps import pairwise_overlaps
 
 # Name of an overlap -> mode of pairwise_overlaps: the released code's, and the paper's DIoU.
@@ -40,11 +41,16 @@ def valuable_region(
     """
     if not boxes.shape[1]:
         return anchors.new_zeros(len(boxes), len(anchors))
-    # As (N, G, R, 1): with the many anchors innermost it is several times faster than as (N, R, G).
-    boxes = boxes[:, :, None]
-    distance_overlaps = pairwise_overlaps(anchors, boxes, VALUABLE_OVERLAPS[overlap]).squeeze(-1)
-    upper = thresholds[..., None]
-    valuable = (distance_overlaps >= gamma * upper) & (distance_overlaps < upper) & valid_boxes[..., None]
-    if valid_anchors is not None:
-        valuable &= valid_anchors[:, None]
-    return pairwise_overlaps(anchors, boxes).squeeze(-1).masked_fill(~valuable, 0).amax(dim=1)
+
+    def values(images: slice, some: slice) -> torch.Tensor:
+        # As (N, G, R, 1): with the many anchors innermost it is several times faster than as (N, R, G).
+        these = boxes[images, some, None]
+        distance_overlaps = pairwise_overlaps(anchors, these, VALUABLE_OVERLAPS[overlap]).squeeze(-1)
+        upper = thresholds[images, some, None]
+        valuable = (distance_overlaps >= gamma * upper) & (distance_overlaps < upper)
+        valuable &= valid_boxes[images, some, None]
+        if valid_anchors is not None:
+            valuable &= valid_anchors[images, None]
+        return pairwise_overlaps(anchors, these).squeeze(-1).masked_fill_(~valuable, 0).amax(dim=1)
+
+    return reduce_over_boxes(values, torch.maximum, valid_boxes, len(anchors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -10,6 +11,10 @@ from torchvision.ops import batched_nms
 
 from d2_distill.postprocess import cluster_nms
 
+from ..largest_tensor import LargestTensor
+
+# The package has a function of the module's name.
+module = importlib.import_module("d2_distill.postprocess.cluster_nms")
 VARIANTS = [(overlap, voting) for overlap in ("iou", "diou") for voting in ("none", "weighted", "score")]
 
 
@@ -74,6 +79,49 @@ def test_equals_a_greedy_loop(overlap, voting, threshold):
         assert keep.tolist() == expected_keep
         torch.testing.assert_close(boxes, torch.tensor(expected_boxes), rtol=1e-6, atol=1e-4)
     assert len(keep) < n and voting == "none" or not torch.equal(boxes, detections[0][keep])
+
+
+def _with_ties(n, seed, classes):
+    """Equal scores, and boxes of whole pixels that occur several times in a class."""
+    boxes, scores, labels = _clustered(n, seed, classes)
+    boxes, scores = (boxes / 4).round() * 4, (scores * 8).round() / 8
+    again = torch.randint(n, (n // 2,), generator=torch.Generator().manual_seed(seed))
+    return tuple(torch.cat([x, x[again]]) for x in (boxes, scores, labels))
+
+
+@pytest.mark.parametrize("pairs", [1, 500, 7000])
+@pytest.mark.parametrize("overlap, voting", VARIANTS)
+def test_blocks_of_pairs_change_nothing(monkeypatch, overlap, voting, pairs):
+    cases = [_clustered(200, 0), _clustered(150, 1, classes=1), _with_ties(120, 2, 4), _with_ties(90, 3, 60)]
+    at_once = [cluster_nms(*detections, 0.6, overlap=overlap, voting=voting) for detections in cases]
+    monkeypatch.setattr(module, "MAX_PAIRS", pairs)
+    for detections, (expected_keep, expected_boxes) in zip(cases, at_once):
+        keep, boxes = cluster_nms(*detections, 0.6, overlap=overlap, voting=voting)
+        assert torch.equal(keep, expected_keep)
+        # The last digit of a power depends on where in a tensor it stands.
+        torch.testing.assert_close(boxes, expected_boxes, rtol=1e-6, atol=0)
+
+
+def test_blocks_are_small_and_have_every_pair_of_a_class_once(monkeypatch):
+    classes = torch.tensor([0] * 9 + [1, 2, 3, 3, 3] + [4] * 5)
+    for pairs in (1, 9, 10, 25, 60, 19 * 19 - 1):
+        monkeypatch.setattr(module, "MAX_PAIRS", pairs)
+        seen = torch.zeros(19, 19, dtype=torch.int64)
+        for rows, columns in module._blocks(classes):
+            seen[rows, columns] += 1
+            height, width = seen[rows, columns].shape
+            assert height * width <= pairs or height == 1
+        assert seen.max() == 1
+        assert (seen.triu()[(classes[:, None] == classes).triu()] == 1).all()
+
+
+def test_thousands_of_detections():
+    """The largest tensor has the pairs of a block, and not 64 million."""
+    for classes in (1, 20):
+        with LargestTensor() as largest:
+            keep, _ = cluster_nms(*_clustered(8000, 0, classes), 0.6, overlap="diou", voting="score")
+        assert 0 < len(keep) < 8000
+        assert 0 < largest.numel <= 5 * module.MAX_PAIRS  # box and score of each pair, if all overlap
 
 
 def test_iou_without_voting_is_torchvisions_nms():
