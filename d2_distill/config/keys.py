@@ -109,7 +109,7 @@ def _add_backbone_config(cfg: CN) -> None:
 
 
 def _add_detector_configs(cfg: CN) -> None:
-    # Keys that FCOS, ATSS and GFL share.
+    # Keys that FCOS, ATSS, GFL and TOOD share.
     def dense_head() -> CN:
         node = CN()
         node.NUM_CLASSES = 80
@@ -184,6 +184,24 @@ def _add_detector_configs(cfg: CN) -> None:
     # GFLv2: probabilities of each side that its quality sees, and its hidden channels.
     gfl.QUALITY_TOPK = 4
     gfl.QUALITY_CHANNELS = 64
+
+    tood = cfg.MODEL.TOOD = dense_head()
+    # Blocks of the one tower, all of which classes and boxes are predicted from.
+    tood.NUM_CONVS = 6
+    # Iterations in which targets and losses are those of ATSS; a third of the 1x schedule, as published.
+    tood.INITIAL_ITERS = 30000
+    tood.ANCHOR_SCALE = 8
+    tood.ATSS_TOPK = 9
+    tood.FOCAL_LOSS_ALPHA = 0.25
+    tood.FOCAL_LOSS_GAMMA = 2.0
+    # Afterwards the TOPK best aligned anchors of a box are its candidates: by score^ALIGNMENT_ALPHA * IoU^ALIGNMENT_BETA
+    # of what they predict.
+    tood.TOPK = 13
+    tood.ALIGNMENT_ALPHA = 1.0
+    tood.ALIGNMENT_BETA = 6.0
+    tood.QUALITY_BETA = 2.0
+    tood.BOX_LOSS = "giou"
+    tood.BOX_LOSS_WEIGHT = 2.0
 
     # MultiScaleDetector, MSAD's teacher: one detector trained on high and low resolution and on the fusion of both.
     msad = cfg.MODEL.MSAD = CN()

@@ -11,6 +11,10 @@ from ..staged import StagedDense, StagedDetector
 from ..teacher import Teacher
 
 
+# The towers that most heads have -> the output that each is for.
+TOWERS = {"cls": "logits", "box": "deltas"}
+
+
 @dataclass(frozen=True)
 class FeaturePair:
     """A student map and the teacher map of the same stride."""

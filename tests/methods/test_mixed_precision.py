@@ -17,6 +17,7 @@ from ..small_detectors import batch, distiller_cfg, save_teacher
     [
         ("RetinaNet", ["CrossKD", "PKD", "FeatureImitation", "HEAD"]),
         ("GFL", ["LD", "CrossKD"]),
+        ("TOOD", ["CrossKD", "PKD", "HEAD"]),
         ("GeneralizedRCNN", ["CrossKDRoI", "HEAD"]),
     ],
 )
