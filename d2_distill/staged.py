@@ -201,6 +201,7 @@ class StagedDense(StagedDetector):
         predictors: output name -> :class:`Predictor`, in the order in which the head returns the outputs.
         reg_max: last bin of each side's distribution; None if boxes are not predicted as distributions.
         assigns_points: whether locations are assigned by where they lie in a box, not by anchors.
+        assigns_by_outputs: whether the assignment depends on the outputs.
     """
 
     family = "dense"
@@ -208,6 +209,7 @@ class StagedDense(StagedDetector):
     predictors: dict[str, Predictor]
     reg_max: int | None = None
     assigns_points = False
+    assigns_by_outputs = False
 
     @property
     def num_classes(self) -> int:
@@ -252,6 +254,10 @@ class StagedDense(StagedDetector):
         if position:
             return self.towers[branch].out_channels(position)
         return next(iter(self.feature_shapes().values())).channels
+
+    def branch_of(self, output: str) -> str:
+        """Return the branch whose tower an output is predicted from; of several the first."""
+        return self.predictors[output].reads[0][0]
 
     def predict(self, output: str, features: Sequence[torch.Tensor], level: int) -> torch.Tensor:
         """Apply one prediction layer on a level to what its predictor reads, (N, C, H, W) each: (N, A*K, H, W)."""

@@ -51,6 +51,11 @@ _DENSE = {
     "GFL.IN_FEATURES": ["p3", "p4", "p5"],
     "GFL.NUM_CONVS": 2,
     "GFL.ANCHOR_SCALE": 4,
+    "TOOD.NUM_CLASSES": NUM_CLASSES,
+    "TOOD.IN_FEATURES": ["p3", "p4", "p5"],
+    "TOOD.NUM_CONVS": 2,
+    "TOOD.ANCHOR_SCALE": 4,
+    "TOOD.INITIAL_ITERS": 0,
 }
 _DISTRIBUTIONS = {"FCOS.REG_MAX": 16, "ATSS.REG_MAX": 16, "RETINANET.REG_MAX": 16, "RETINANET.BBOX_REG_LOSS_TYPE": "giou"}
 _STAGES = ["res2", "res3", "res4", "res5"]
@@ -88,6 +93,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ATSS distributions": ("Base-RetinaNet.yaml", {**_DENSE, **_DISTRIBUTIONS}),
     "GFL": ("Base-RetinaNet.yaml", _DENSE),
     "GFLv2": ("Base-RetinaNet.yaml", _DENSE),
+    # One tower for classes and boxes; targets by what it predicts.
+    "TOOD": ("Base-RetinaNet.yaml", _DENSE),
     "MultiScaleDetector": ("Base-RetinaNet.yaml", {**_DENSE, **_FROM_P2}),
     "GeneralizedRCNN": ("Base-RCNN-FPN.yaml", _RCNN),
     "GeneralizedRCNN cascade": ("Base-RCNN-FPN.yaml", _CASCADE),

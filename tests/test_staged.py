@@ -167,7 +167,8 @@ def test_feature_shapes(model):
 def test_taps_are_pieces_of_the_tower(dense):
     """Against the head's own layers: behind k blocks is behind the k-th activation, or just in front of it."""
     head = dense.innermost.head
-    subnets = {"cls": head.cls_subnet, "box": head.bbox_subnet}
+    shared = dense.kind == "TOOD"
+    subnets = {"shared": head.subnet} if shared else {"cls": head.cls_subnet, "box": head.bbox_subnet}
     assert set(dense.towers) == set(subnets)
     run = start(dense, taps=all_taps(dense), frozen=True)
     features = list(run.features.values())
@@ -189,9 +190,14 @@ def test_taps_are_pieces_of_the_tower(dense):
 
 
 def test_only_wanted_taps_are_kept(dense):
-    assert all(list(taps) == [Tap(2)] for taps in start(dense, frozen=True).taps.values())
-    taps = start(dense, taps={"box": frozenset({Tap(0)})}, frozen=True).taps
-    assert {branch: list(kept) for branch, kept in taps.items()} == {"cls": [Tap(2)], "box": [Tap(0), Tap(2)]}
+    read = {tap for predictor in dense.predictors.values() for _, tap in predictor.reads}
+    assert read == ({Tap(1), Tap(2)} if dense.kind == "TOOD" else {Tap(2)})
+    assert all(set(taps) == read for taps in start(dense, frozen=True).taps.values())
+    branch = dense.branch_of("deltas")
+    taps = start(dense, taps={branch: frozenset({Tap(0)})}, frozen=True).taps
+    assert {name: set(kept) for name, kept in taps.items()} == {
+        name: read | ({Tap(0)} if name == branch else set()) for name in dense.towers
+    }
 
 
 def test_outputs_are_in_the_order_of_the_anchors(dense):

@@ -7,7 +7,8 @@ from .atss import ATSSMatch, atss_thresholds, match_atss
 from .ground_truth import GroundTruth
 from .max_iou import match_max_iou
 from .points import match_points
-from .strategies import Assigner, ATSSAssigner, MaxIoUAssigner, PointAssigner, Predicted
+from .strategies import Assigner, ATSSAssigner, MaxIoUAssigner, PointAssigner, Predicted, TaskAlignedAssigner
+from .task_aligned import TaskAlignedMatch, match_task_aligned
 
 __all__ = [
     "ATSSAssigner",
@@ -21,8 +22,11 @@ __all__ = [
     "MaxIoUAssigner",
     "PointAssigner",
     "Predicted",
+    "TaskAlignedAssigner",
+    "TaskAlignedMatch",
     "atss_thresholds",
     "match_atss",
     "match_max_iou",
     "match_points",
+    "match_task_aligned",
 ]

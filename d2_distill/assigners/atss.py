@@ -10,9 +10,7 @@ import torch
 from ..boxes.chunks import box_chunks
 from ..boxes.geometry import centers_of, depth_inside
 from ..boxes.overlaps import pairwise_overlaps
-from .assignment import BACKGROUND
-
-MIN_DEPTH = 0.01  # pixels that the centre of a positive anchor lies inside its box
+from .claims import MIN_DEPTH, settle_claims
 
 
 class ATSSMatch(NamedTuple):
@@ -62,7 +60,8 @@ def match_atss(
     depths = depth_inside(centers_of(anchors)[candidates.anchors], boxes[:, :, None])
     positive = candidates.real & valid_boxes[..., None]
     positive &= (candidates.overlaps >= thresholds[..., None]) & (depths > MIN_DEPTH)
-    return ATSSMatch(_resolve(candidates, positive, len(anchors)), thresholds)
+    matches = settle_claims(candidates.anchors, candidates.overlaps, positive, len(anchors))
+    return ATSSMatch(matches, thresholds)
 
 
 def atss_thresholds(
@@ -119,16 +118,3 @@ def _thresholds(candidates: _Candidates) -> torch.Tensor:
     mean = candidates.overlaps.sum(dim=-1) / count.clamp(min=1)
     deviations = (candidates.overlaps - mean[..., None]).masked_fill(~candidates.real, 0)
     return mean + (deviations.square().sum(dim=-1) / (count - 1).clamp(min=1)).sqrt()
-
-
-def _resolve(candidates: _Candidates, positive: torch.Tensor, num_anchors: int) -> torch.Tensor:
-    """Matches (N, R): of the boxes that claim an anchor that of the largest IoU, of equal ones the first."""
-    num_images, num_boxes, _ = positive.shape
-    order = torch.arange(num_boxes, device=positive.device)[:, None].expand_as(positive).flatten(1)
-    anchors, positive = candidates.anchors.flatten(1), positive.flatten(1)
-    overlaps = candidates.overlaps.flatten(1).masked_fill(~positive, -1)
-    largest = overlaps.new_full((num_images, num_anchors), -1).scatter_reduce(1, anchors, overlaps, "amax")
-    winners = positive & (overlaps == largest.gather(1, anchors))
-    matches = anchors.new_full((num_images, num_anchors), num_boxes)
-    matches = matches.scatter_reduce(1, anchors, order.masked_fill(~winners, num_boxes), "amin")
-    return matches.masked_fill(matches == num_boxes, BACKGROUND)

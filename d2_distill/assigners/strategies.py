@@ -18,6 +18,7 @@ from .atss import match_atss
 from .ground_truth import GroundTruth
 from .max_iou import match_max_iou
 from .points import match_points
+from .task_aligned import match_task_aligned
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,11 @@ class Assigner(Protocol):
     """
     Attributes:
         assigns_points: whether locations are assigned by where they lie in a box, not by anchors.
+        reads_predictions: whether the match depends on what is predicted.
     """
 
     assigns_points: bool
+    reads_predictions: bool
 
     def __call__(self, grid: AnchorGrid, truth: GroundTruth, predicted: Predicted) -> Match: ...
 
@@ -50,6 +53,7 @@ class ATSSAssigner:
 
     topk: int
     assigns_points = False
+    reads_predictions = False
 
     def __call__(self, grid: AnchorGrid, truth: GroundTruth, predicted: Predicted) -> Match:
         found = match_atss(grid.boxes, grid.level_sizes, truth.boxes, truth.valid, grid.valid, topk=self.topk)
@@ -68,6 +72,7 @@ class PointAssigner:
     size_thresholds: tuple[float, ...]
     center_sampling_radius: float
     assigns_points = True
+    reads_predictions = False
 
     def __call__(self, grid: AnchorGrid, truth: GroundTruth, predicted: Predicted) -> Match:
         bounds = [-1.0, *self.size_thresholds, math.inf]
@@ -95,6 +100,7 @@ class MaxIoUAssigner:
     thresholds: tuple[float, ...]
     labels: tuple[int, ...]
     assigns_points = False
+    reads_predictions = False
 
     def __call__(self, grid: AnchorGrid, truth: GroundTruth, predicted: Predicted) -> Match:
         return Match(
@@ -102,3 +108,29 @@ class MaxIoUAssigner:
                 grid.boxes, truth.boxes, truth.valid, grid.valid, thresholds=self.thresholds, labels=self.labels
             )
         )
+
+
+@dataclass(frozen=True)
+class TaskAlignedAssigner:
+    """:func:`match_task_aligned` with its options."""
+
+    topk: int
+    alpha: float
+    beta: float
+    assigns_points = False
+    reads_predictions = True
+
+    def __call__(self, grid: AnchorGrid, truth: GroundTruth, predicted: Predicted) -> Match:
+        found = match_task_aligned(
+            predicted.scores(),
+            predicted.boxes(),
+            grid.boxes,
+            truth.boxes,
+            truth.classes,
+            truth.valid,
+            grid.valid,
+            topk=self.topk,
+            alpha=self.alpha,
+            beta=self.beta,
+        )
+        return Match(found.matches, scores=found.scores)

@@ -11,11 +11,9 @@ from ..layers.tower import Tap
 from ..staged import DenseRun, StagedDense, Taps
 from .proposals import gather_positions, has_position
 
-BRANCH = "cls"
-
 
 class TracedAdapter(nn.Module):
-    """The student's classification tower at the positions that proposed the RoIs, through a linear layer.
+    """The student's tower of the class logits at the positions that proposed the RoIs, through a linear layer.
 
     Args:
         student: one-stage detector.
@@ -26,13 +24,13 @@ class TracedAdapter(nn.Module):
 
     def __init__(self, student: StagedDense, tap: Tap, out_dim: int, *, per_anchor: bool) -> None:
         super().__init__()
-        self.tap = tap
-        channels = student.tap_channels(BRANCH, tap.position)
+        self.branch, self.tap = student.branch_of("logits"), tap
+        channels = student.tap_channels(self.branch, tap.position)
         num_anchors = student.anchors_per_cell if per_anchor else 1
         self.linear = PerAnchorLinear(channels, out_dim, num_anchors)
 
     def taps(self) -> Taps:
-        return {BRANCH: frozenset({self.tap})}
+        return {self.branch: frozenset({self.tap})}
 
     def forward(
         self, student: DenseRun, sampled: list[Instances], target: torch.Tensor
@@ -47,5 +45,5 @@ class TracedAdapter(nn.Module):
         """
         positions = [image.positions for image in sampled]
         kept = has_position(positions)
-        x = gather_positions(student.taps[BRANCH][self.tap], positions)
+        x = gather_positions(student.taps[self.branch][self.tap], positions)
         return self.linear(x, torch.cat(positions)[kept, 3]), target[kept]

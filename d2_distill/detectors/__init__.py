@@ -8,6 +8,7 @@ from .gfl import GFL, GFLv2
 from .multi_scale import MultiScaleDetector, StagedMultiScale
 from .openmmlab_retinanet import OpenMMLabRetinaNet
 from .stock import StagedFCOS, StagedRCNN, StagedRetinaNet
+from .tood import TOOD
 from .torchvision import TorchvisionAnchorGenerator, TorchvisionFCOS, TorchvisionRetinaNet
 from .tower_detector import StagedTowerDetector, TowerDetector
 
@@ -17,6 +18,7 @@ __all__ = [
     "GFL",
     "GFLv2",
     "MultiScaleDetector",
+    "TOOD",
     "TowerDetector",
     "OpenMMLabFCOS",
     "OpenMMLabRetinaNet",

@@ -66,7 +66,7 @@ class DistanceCoder:
 
     Args:
         activation: "exp": the exponential of the output, in pixels (the paper's form); "relu": the output
-            clamped at 0, in strides (that of its later releases).
+            clamped at 0, in strides (that of its later releases); "none": the output, in strides (TOOD).
     """
 
     box_dim = 4
@@ -77,7 +77,10 @@ class DistanceCoder:
 
     def decode(self, outputs: torch.Tensor, anchors: torch.Tensor, strides: torch.Tensor) -> torch.Tensor:
         outputs = outputs.float()
-        distances = outputs.exp() if self.activation == "exp" else outputs.relu() * strides[..., None]
+        if self.activation == "exp":
+            distances = outputs.exp()
+        else:
+            distances = (outputs.relu() if self.activation == "relu" else outputs) * strides[..., None]
         return boxes_from_distances(centers_of(anchors), distances)
 
 

@@ -77,7 +77,8 @@ class FocalCenterness:
     """ATSS and FCOS: the centerness target also weights the box loss.
 
     ``loss_cls`` (focal loss, arXiv 1708.02002) and ``loss_centerness`` are divided by the number of positives, averaged
-    over the processes; ``loss_box_reg`` is the weighted mean over the positives.
+    over the processes; ``loss_box_reg`` is the weighted mean over the positives. A detector that predicts no centerness
+    has no ``loss_centerness``.
 
     Attributes:
         focal_loss_alpha, focal_loss_gamma: of the class loss.
@@ -107,13 +108,15 @@ class FocalCenterness:
             outputs["logits"], assignment, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma
         )
         box_loss = self.box_loss(positives.boxes, positives.targets)
-        logits = outputs["centerness"].squeeze(-1)[positives.rows]
-        centerness_loss = F.binary_cross_entropy_with_logits(logits, centerness, reduction="none")
-        return {
+        losses = {
             "loss_cls": class_loss / num_positives,
             "loss_box_reg": weighted_mean(box_loss, centerness, normalizer) * self.box_loss_weight,
-            "loss_centerness": weighted_mean(centerness_loss, None, num_positives),
         }
+        if "centerness" in outputs:
+            logits = outputs["centerness"].squeeze(-1)[positives.rows]
+            centerness_loss = F.binary_cross_entropy_with_logits(logits, centerness, reduction="none")
+            losses["loss_centerness"] = weighted_mean(centerness_loss, None, num_positives)
+        return losses
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,48 @@ class GeneralizedFocal:
             "loss_box_reg": weighted_mean(box_loss, confidence, normalizer) * self.box_loss_weight,
             "loss_dfl": weighted_mean(dfl, confidence, normalizer) * self.dfl_weight,
         }
+
+
+@dataclass(frozen=True)
+class TaskAligned:
+    """TOOD (Feng et al., ICCV 2021, arXiv 2108.07755), whose assigner gives class scores to reach.
+
+    ``loss_cls`` is the quality focal loss, ``loss_box_reg`` the box loss of the positives weighted by the scores; both
+    are divided by the sum of the scores, averaged over the processes.
+
+    Attributes:
+        initial: the criterion where the assigner gives no scores.
+        quality_beta: exponent of the quality focal loss.
+        box_loss, box_loss_weight: the box loss and its factor.
+    """
+
+    initial: FocalCenterness
+    quality_beta: float
+    box_loss: BoxLoss
+    box_loss_weight: float
+
+    def __call__(
+        self, detector: TowerDetector, grid: AnchorGrid, outputs: Outputs, assignment: Assignment
+    ) -> Losses:
+        if assignment.scores is None:
+            return self.initial(detector, grid, outputs, assignment)
+        positives = detector.positives(grid, outputs["deltas"], assignment)
+        rows, scores = positives.rows, assignment.scores[positives.rows]
+        targets = torch.zeros_like(outputs["logits"])
+        targets[(*rows, assignment.labels[rows])] = scores
+        normalizer = task_aligned_normalizer(assignment)
+        class_loss = quality_focal_loss(outputs["logits"], targets, self.quality_beta)
+        box_loss = self.box_loss(positives.boxes, positives.targets)
+        return {
+            "loss_cls": weighted_mean(class_loss, assignment.valid[..., None], normalizer),
+            "loss_box_reg": weighted_mean(box_loss, scores, normalizer) * self.box_loss_weight,
+        }
+
+
+def task_aligned_normalizer(assignment: Assignment) -> torch.Tensor:
+    """Return the sum of the positives' targets, 1 each if they are hard, averaged over the processes; at least 1."""
+    total = (assignment.foreground if assignment.scores is None else assignment.scores).sum()
+    return mean_over_processes(total).clamp(min=1)
 
 
 def focal_class_loss(

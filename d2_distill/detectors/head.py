@@ -1,4 +1,4 @@
-"""The head of one-stage detectors: two towers shared by all levels, and the layers that predict from them."""
+"""The heads of dense detectors: towers shared by all levels, and the layers that predict from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,40 @@ class Scale(nn.Module):
         return x * self.scale
 
 
-class TowerHead(nn.Module):
+class DenseHead(nn.Module):
+    """What a subclass names as its towers and predictors, run over all levels."""
+
+    @property
+    def towers(self) -> dict[str, Tower]:
+        """Branch -> its tower."""
+        raise NotImplementedError
+
+    @property
+    def predictors(self) -> dict[str, Predictor]:
+        """Output name -> its predictor, in the order in which ``forward`` returns the outputs."""
+        raise NotImplementedError
+
+    def predict(self, output: str, features: Sequence[torch.Tensor], level: int) -> torch.Tensor:
+        """Return an output's raw map (N, A * K, H, W) from what its predictor reads on a level, (N, C, H, W) each."""
+        raise NotImplementedError
+
+    def forward(self, features: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Maps (N, C, H, W), one a level, to raw maps of each output, one a level."""
+        predictors, towers = self.predictors, self.towers
+        reads = {read for predictor in predictors.values() for read in predictor.reads}
+        wanted = {name: {tap for branch, tap in reads if branch == name} for name in towers}
+        # Tower by tower and level by level, as the staged run does: norms that cycle over the levels count the calls.
+        taps = {name: [tower.run_through(x, wanted[name]) for x in features] for name, tower in towers.items()}
+        return [
+            [
+                self.predict(output, [taps[branch][level][tap] for branch, tap in predictor.reads], level)
+                for level in range(len(features))
+            ]
+            for output, predictor in predictors.items()
+        ]
+
+
+class TowerHead(DenseHead):
     """RetinaNet's, FCOS's, ATSS's and GFL's head; modules are named as in Detectron2's RetinaNetHead.
 
     Args:
@@ -58,8 +91,8 @@ class TowerHead(nn.Module):
     ) -> None:
         super().__init__()
         in_channels = input_shape[0].channels
-        self.cls_subnet = _tower(in_channels, conv_dims, norm, tower_bias)
-        self.bbox_subnet = _tower(in_channels, conv_dims, norm, tower_bias)
+        self.cls_subnet = build_tower(in_channels, conv_dims, norm, tower_bias)
+        self.bbox_subnet = build_tower(in_channels, conv_dims, norm, tower_bias)
         channels = conv_dims[-1] if conv_dims else in_channels
         self.cls_score = nn.Conv2d(channels, num_anchors * num_scores, 3, padding=1)
         self.bbox_pred = nn.Conv2d(channels, num_anchors * box_dim, 3, padding=1, bias=predictor_bias)
@@ -76,12 +109,10 @@ class TowerHead(nn.Module):
 
     @property
     def towers(self) -> dict[str, Tower]:
-        """Branch -> its tower."""
         return {"cls": Tower(self.cls_subnet), "box": Tower(self.bbox_subnet)}
 
     @property
     def predictors(self) -> dict[str, Predictor]:
-        """Output name -> its predictor, in the order in which ``forward`` returns the outputs."""
         return predictors_at_ends(self.towers, self._layers)
 
     @property
@@ -93,24 +124,9 @@ class TowerHead(nn.Module):
         return layers
 
     def predict(self, output: str, features: Sequence[torch.Tensor], level: int) -> torch.Tensor:
-        """What a predictor reads on a level, (N, C, H, W) each, to its raw map (N, A * K, H, W)."""
         _, layer = self._layers[output]
         x = layer(*features)
         return self.scales[level](x) if output == "deltas" and self.scales is not None else x
-
-    def forward(self, features: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """Maps (N, C, H, W), one a level, to raw maps of each output, one a level."""
-        predictors, towers = self.predictors, self.towers
-        wanted = {name: {tap for p in predictors.values() for branch, tap in p.reads if branch == name} for name in towers}
-        # Tower by tower and level by level, as the staged run does: norms that cycle over the levels count the calls.
-        taps = {name: [tower.run_through(x, wanted[name]) for x in features] for name, tower in towers.items()}
-        return [
-            [
-                self.predict(output, [taps[branch][level][tap] for branch, tap in predictor.reads], level)
-                for level in range(len(features))
-            ]
-            for output, predictor in predictors.items()
-        ]
 
 
 def predictors_at_ends(
@@ -155,7 +171,8 @@ class QualityHead(TowerHead):
         return self.reg_conf(statistics.flatten(start_dim=-2)).sigmoid()
 
 
-def _tower(in_channels: int, conv_dims: list[int], norm, bias: bool) -> nn.Sequential:
+def build_tower(in_channels: int, conv_dims: list[int], norm, bias: bool) -> nn.Sequential:
+    """Return blocks of a 3x3 convolution, a norm ("" for none) and a ReLU, one for each of ``conv_dims``."""
     layers: list[nn.Module] = []
     for out_channels in conv_dims:
         layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias))

@@ -64,7 +64,8 @@ class MultiScaleDetector(nn.Module):
     of the whole image: the high branch. Levels of the same sizes come from every FACTOR-th row and column
     of the image through the same backbone, log2 FACTOR levels down: the low branch. :class:`ScaleFusion`
     makes the fused branch of both. Head and losses are the same for all three, with the same anchors,
-    ground truth and assignment in pixels of the whole image.
+    ground truth and assignment in pixels of the whole image; an assigner that reads predictions reads each
+    branch's own.
 
     Losses are the detector's own with ``_hr``, ``_lr`` and ``_fr`` behind their names, the latter times
     JOINT_WEIGHT. Detections come from one branch. RetinaNet's running normaliser is updated by each branch.
@@ -193,6 +194,7 @@ class StagedMultiScale(StagedDense):
         self.predictors = self.inner.predictors
         self.reg_max = self.inner.reg_max
         self.assigns_points = self.inner.assigns_points
+        self.assigns_by_outputs = self.inner.assigns_by_outputs
 
     @classmethod
     def num_classes_key(cls, model_class, cfg) -> str:
@@ -263,11 +265,13 @@ class MultiScaleRun(DenseRun):
         return losses
 
     def _of_branch(self, branch: str) -> dict[str, torch.Tensor]:
-        """The inner detector's losses on the maps of a branch, with the same anchors and assignment."""
+        """The inner detector's losses on the maps of a branch, with the same anchors and, if it can be, assignment."""
         if branch == "fused":
             return self.staged.losses(self.grid, self.outputs, self.assignment)
         run = self.staged.inner.run(self.images, self.gt_instances, frozen=not self.with_gradient)
-        run.features, run.grid, run.assignment = getattr(self, branch), self.grid, self.assignment
+        run.features, run.grid = getattr(self, branch), self.grid
+        if not self.staged.assigns_by_outputs:
+            run.assignment = self.assignment
         return run.losses
 
 

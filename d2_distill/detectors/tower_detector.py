@@ -54,7 +54,7 @@ class TowerDetector(DenseDetector):
     the batch's own positives, and inference keeps the best locations of a level with all their classes.
 
     Args:
-        head: a :class:`~d2_distill.detectors.head.TowerHead`.
+        head: a :class:`~d2_distill.detectors.head.DenseHead`.
         anchor_generator: anchors of the levels.
         assigner: gives each anchor its ground truth, see :mod:`d2_distill.assigners`.
         box_coder: one of :mod:`~d2_distill.detectors.box_coders`.
@@ -208,6 +208,7 @@ class StagedTowerDetector(StagedDense):
         self.predictors = model.head.predictors
         self.reg_max = model.box_coder.reg_max
         self.assigns_points = model.assigner.assigns_points
+        self.assigns_by_outputs = model.assigner.reads_predictions
 
     @classmethod
     def num_classes_key(cls, model_class: type[TowerDetector], cfg: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -13,11 +13,10 @@ from ..errors import PairError, UserError
 from ..staged import DenseRun, StagedDense, Tap
 from ..teacher import Teacher
 from .assistance import Assistance, AssistSetting, Pair
-from .pairing import require_same_strides
+from .pairing import TOWERS, require_same_strides
 
 KEY = "MODEL.DISTILL.HEAD"
-BRANCHES = ("cls", "box")
-# Branch -> channels of what is adapted, and of what it imitates.
+# "cls" or "box" -> channels of what is adapted, and of what it imitates.
 Channels = Mapping[str, tuple[int, int]]
 
 
@@ -27,21 +26,29 @@ class SameLevels(AssistSetting):
     On every level, and for the class and the box tower each, the end of the assistant's tower (AKD) and a
     place in the student's (CKD) imitate the end of the teacher's through a 1x1 convolution with bias, which
     all levels share. The pattern is the publication's with RepPoints as teacher, whose further layers (the
-    predicted points) other detectors do not have; RepPoints itself is left out.
+    predicted points) other detectors do not have; RepPoints itself is left out. A tower that classes and boxes
+    share is the class and the box tower; where both sides have one, it is imitated once.
 
     Args:
         assistant: of the teacher's kind.
-        akd, ckd: branch -> channels of the adapters; empty without AKD or CKD.
+        akd, ckd: "cls" or "box" -> channels of the adapters; empty without AKD or CKD.
         cross_tap: place in the student's towers, for CKD; None for their ends.
+        cross_branches: the towers in which it is.
     """
 
     def __init__(
-        self, *, assistant: DenseAssistant, akd: Channels, ckd: Channels, cross_tap: Tap | None = None
+        self,
+        *,
+        assistant: DenseAssistant,
+        akd: Channels,
+        ckd: Channels,
+        cross_tap: Tap | None = None,
+        cross_branches: Iterable[str] = (),
     ) -> None:
         super().__init__()
         self.assistant = assistant
         self.akd, self.ckd = _adapters(akd), _adapters(ckd)
-        self.cross_tap = cross_tap
+        self.cross_tap, self.cross_branches = cross_tap, tuple(cross_branches)
 
     @classmethod
     def build(cls, cfg: CfgNode, student: StagedDense, teacher: Teacher) -> "SameLevels":
@@ -64,28 +71,41 @@ class SameLevels(AssistSetting):
             assistant.load(teacher.model)
         cross_tap = _cross_tap(node.CKD_TAP, student, teacher.staged) if node.CKD_WEIGHT else None
         akd, ckd = {}, {}
-        for branch in BRANCHES:
-            target = end_channels(teacher.staged, branch)
-            if node.AKD_WEIGHT:
-                akd[branch] = end_channels(assistant.staged, branch), target
-            if node.CKD_WEIGHT:
-                tap = cross_tap or student.towers[branch].end
-                ckd[branch] = student.tap_channels(branch, tap.position), target
-        return cls(assistant=assistant, akd=akd, ckd=ckd, cross_tap=cross_tap)
+        if node.AKD_WEIGHT:
+            for name, (ours, theirs) in _facing(assistant.staged, teacher.staged).items():
+                akd[name] = end_channels(assistant.staged, ours), end_channels(teacher.staged, theirs)
+        if node.CKD_WEIGHT:
+            for name, (ours, theirs) in _facing(student, teacher.staged).items():
+                tap = cross_tap or student.towers[ours].end
+                ckd[name] = student.tap_channels(ours, tap.position), end_channels(teacher.staged, theirs)
+        branches = {student.branch_of(TOWERS[name]) for name in ckd}
+        return cls(assistant=assistant, akd=akd, ckd=ckd, cross_tap=cross_tap, cross_branches=branches)
 
     def taps(self) -> dict[str, frozenset[Tap]]:
-        return dict.fromkeys(self.ckd, frozenset({self.cross_tap})) if self.cross_tap else {}
+        return dict.fromkeys(self.cross_branches, frozenset({self.cross_tap})) if self.cross_tap else {}
 
     def forward(self, student: DenseRun, teacher: DenseRun | None) -> Assistance:
         run = self.assistant(student)
         akd: list[Pair] = []
         ckd: list[Pair] = []
-        for branch, adapter in self.akd.items():
-            akd += _pairs(adapter, tower_ends(run, branch), tower_ends(teacher, branch))
-        for branch, adapter in self.ckd.items():
-            ours = student.taps[branch][self.cross_tap] if self.cross_tap else tower_ends(student, branch)
-            ckd += _pairs(adapter, ours, tower_ends(teacher, branch))
+        for name, adapter in self.akd.items():
+            ours, theirs = (side.staged.branch_of(TOWERS[name]) for side in (run, teacher))
+            akd += _pairs(adapter, tower_ends(run, ours), tower_ends(teacher, theirs))
+        for name, adapter in self.ckd.items():
+            ours, theirs = (side.staged.branch_of(TOWERS[name]) for side in (student, teacher))
+            features = student.taps[ours][self.cross_tap] if self.cross_tap else tower_ends(student, ours)
+            ckd += _pairs(adapter, features, tower_ends(teacher, theirs))
         return Assistance(run.losses, akd, ckd)
+
+
+def _facing(ours: StagedDense, theirs: StagedDense) -> dict[str, tuple[str, str]]:
+    """"cls" and "box" -> branches of ours and of theirs; two that are shared on both sides once."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, output in TOWERS.items():
+        branches = ours.branch_of(output), theirs.branch_of(output)
+        if branches not in found.values():
+            found[name] = branches
+    return found
 
 
 def _adapters(channels: Channels) -> nn.ModuleDict:
@@ -97,7 +117,7 @@ def _cross_tap(position: int, student: StagedDense, teacher: StagedDense) -> Tap
     if position == -1:
         return None
     # The places are kept in the teacher's towers too.
-    blocks = [len(side.towers[branch]) for side in (student, teacher) for branch in BRANCHES]
+    blocks = [len(side.towers[side.branch_of(output)]) for side in (student, teacher) for output in TOWERS.values()]
     if not 0 <= position <= min(blocks):
         raise UserError(
             f"{KEY}.CKD_TAP is {position}; the towers of student and teacher have {blocks[0]} and "

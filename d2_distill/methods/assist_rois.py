@@ -12,7 +12,7 @@ from torch import nn
 
 from ..assistants.proposals import DenseProposer
 from ..assistants.roi import RoIAssistant, roi_features
-from ..assistants.tracing import BRANCH, TracedAdapter
+from ..assistants.tracing import TracedAdapter
 from ..detectors.roi_heads import RoIStage
 from ..detectors.stock import RCNNRun
 from ..errors import PairError, UserError
@@ -183,7 +183,7 @@ def _same_strides(student: StagedDetector, other: StagedDetector) -> list[str]:
 
 
 def _tap(position: int, student: StagedDense) -> Tap:
-    blocks = len(student.towers[BRANCH])
+    blocks = len(student.towers[student.branch_of("logits")])
     if not -1 <= position <= blocks:
         raise UserError(
             f"{KEY}.CKD_TAP is {position}; the student's classification tower has {blocks} blocks, so it must lie "

@@ -23,7 +23,7 @@ from ..losses import (
 )
 from ..staged import DenseRun, StagedDense, StagedDetector
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .pairing import require_same_classes, require_same_strides, same_anchors
+from .pairing import TOWERS, require_same_classes, require_same_strides, same_anchors
 
 KEY = "MODEL.DISTILL.CROSSKD"
 # Term -> the output of the teacher's head that it compares.
@@ -317,11 +317,13 @@ def _crossings(
     """Where the student's towers go on in the teacher's to give these outputs, "cls" or "box" -> crossing."""
     found: dict[str, Crossing] = {}
     for output in outputs:
-        branch = teacher.predictors[output].reads[0][0]
+        branch = teacher.branch_of(output)
         # A tower that all outputs share is crossed into from the student's tower of the output.
-        name = branch if branch in TAP_KEYS else "cls" if output == "logits" else "box"
-        ours = name if name in student.towers else next(iter(student.towers))
+        name = branch if branch in TOWERS else "cls" if output == "logits" else "box"
+        ours = student.branch_of(TOWERS[name])
         tap = _tap(node, name, student.towers[ours], teacher.towers[branch])
+        # Outputs that go the same way go it together.
+        name = next((n for n, c in found.items() if (c.student, c.teacher, c.tap) == (ours, branch, tap)), name)
         before = found[name].outputs if name in found else ()
         found[name] = Crossing(ours, branch, tap, (*before, output))
     return dict(sorted(found.items()))

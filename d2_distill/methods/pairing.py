@@ -10,6 +10,9 @@ from ..errors import PairError, UserError
 from ..staged import StagedDense, StagedDetector
 from ..teacher import Teacher
 
+# The towers that most heads have -> the output that each is for.
+TOWERS = {"cls": "logits", "box": "deltas"}
+
 
 @dataclass(frozen=True)
 class FeaturePair:

@@ -14,7 +14,7 @@ from torch import nn
 from ..assistants.dense import DenseAssistant, end_channels, tower_ends
 from ..assistants.proposals import DenseProposer
 from ..assistants.roi import RoIAssistant, roi_features
-from ..assistants.tracing import BRANCH, TracedAdapter
+from ..assistants.tracing import TracedAdapter
 from ..config.keys import extend_config
 from ..errors import PairError, UserError
 from ..staged import DenseRun, Run, StagedDense
@@ -142,9 +142,9 @@ class TFHEAD(DistillMethod):
             run = self.dense(student)
             terms = {"loss_assist_dense": recorded_sum(run.losses)}
         if self.cross_dense is not None:
-            ends = dict(zip(student.features, tower_ends(student, BRANCH)))
+            ends = dict(zip(student.features, _class_ends(student)))
             ours = [ends[name] for name in self.dense.names.values()]
-            terms["loss_cross_dense"] = self.imitate_dense(ours, tower_ends(run, BRANCH))
+            terms["loss_cross_dense"] = self.imitate_dense(ours, _class_ends(run))
         return terms
 
     def _rcnn_terms(self, student: DenseRun) -> dict[str, torch.Tensor]:
@@ -156,6 +156,11 @@ class TFHEAD(DistillMethod):
             vectors = assistance.stages[0].outputs.vectors[-1]
             terms["loss_cross_rcnn"] = self.imitate_rcnn(student, sampled, vectors)
         return terms
+
+
+def _class_ends(run: DenseRun) -> list[torch.Tensor]:
+    """Per level (N, C, H, W) behind the tower of the class logits."""
+    return tower_ends(run, run.staged.branch_of("logits"))
 
 
 def _check_assistants(node: CfgNode, weights: dict[str, float]) -> None:
@@ -178,7 +183,8 @@ def _build_dense(cfg: CfgNode, student: StagedDense) -> dict[str, Any]:
     node, adapter = cfg.MODEL.DISTILL.TF_HEAD, None
     assistant = DenseAssistant.build(cfg, node.DENSE_ASSISTANT, student, key=f"{KEY}.DENSE_ASSISTANT")
     if node.CROSS_DENSE_WEIGHT:
-        adapter = nn.Conv2d(end_channels(student, BRANCH), end_channels(assistant.staged, BRANCH), 1)
+        channels = [end_channels(side, side.branch_of("logits")) for side in (student, assistant.staged)]
+        adapter = nn.Conv2d(*channels, 1)
     return {"dense": assistant, "cross_dense": adapter}
 
 
@@ -187,6 +193,6 @@ def _build_rcnn(cfg: CfgNode, student: StagedDense) -> dict[str, Any]:
     shapes = roi_features(student, node.IN_FEATURES, f"{KEY}.IN_FEATURES")
     assistant = RoIAssistant.build(cfg, shapes, student.num_classes)
     if node.CROSS_RCNN_WEIGHT:
-        tap, out_dim = student.towers[BRANCH].end, assistant.staged.fc_dims[-1]
+        tap, out_dim = student.towers[student.branch_of("logits")].end, assistant.staged.fc_dims[-1]
         adapter = TracedAdapter(student, tap, out_dim, per_anchor=node.PER_ANCHOR)
     return {"rcnn": assistant, "cross_rcnn": adapter, "proposer": DenseProposer.from_cfg(cfg)}

@@ -33,7 +33,8 @@ from ..small_detectors import (
 
 OURS, THEIRS = ["cat", "dog", "cow"], ["horse", "dog", "cow", "sheep", "cat"]
 KEPT = [4, 1, 2]
-SUPERSET = {f"{family}__NUM_CLASSES": len(THEIRS) for family in ("RETINANET", "FCOS", "ATSS", "GFL", "ROI_HEADS")}
+FAMILIES = ("RETINANET", "FCOS", "ATSS", "GFL", "TOOD", "ROI_HEADS")
+SUPERSET = {f"{family}__NUM_CLASSES": len(THEIRS) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +107,7 @@ def test_names_that_cannot_be_matched(ours, aliases, message):
 @pytest.fixture(scope="module", params=CASES)
 def models(request):
     """A detector that keeps all that it finds, and one made of it that knows three of its five classes."""
-    keys = ("RETINANET.TOPK_CANDIDATES_TEST", "FCOS.TOPK_CANDIDATES_TEST", "ATSS.TOPK_CANDIDATES_TEST")
-    everything = {key.replace(".", "__"): 100000 for key in (*keys, "GFL.TOPK_CANDIDATES_TEST")}
+    everything = {f"{family}__TOPK_CANDIDATES_TEST": 100000 for family in FAMILIES if family != "ROI_HEADS"}
     cfg = detector_cfg(request.param, **SUPERSET, **everything)
     cfg.TEST.DETECTIONS_PER_IMAGE = 100000
     model = build(cfg, salt=2).eval()

@@ -25,7 +25,7 @@ from d2_distill.staged import StagedDense, stage_detector
 from ..low_resolution_pairs import LEVELS, STAGES, of_student, of_teacher
 from ..small_detectors import batch, build, detector_cfg, distiller_cfg, image_input
 
-DETECTORS = ["RetinaNet", "OpenMMLabRetinaNet", "FCOS", "OpenMMLabFCOS", "ATSS", "GFL", "GFLv2"]
+DETECTORS = ["RetinaNet", "OpenMMLabRetinaNet", "FCOS", "OpenMMLabFCOS", "ATSS", "GFL", "GFLv2", "TOOD"]
 BOXES = [[8, 8, 60, 64], [64, 20, 120, 100]]
 
 
@@ -145,7 +145,7 @@ def test_sizes_agree_for_any_image():
         assert [x.shape for x in high.values()] == [x.shape for x in low.values()]
 
 
-@pytest.mark.parametrize("detector", ["OpenMMLabFCOS", "GFL"])
+@pytest.mark.parametrize("detector", ["OpenMMLabFCOS", "GFL", "TOOD"])
 def test_losses_are_the_detectors_on_each_resolution(detector):
     """The normaliser of these detectors does not run over steps, so that each branch stands alone."""
     model, inputs = teacher(detector).train(), whole_inputs()
@@ -160,19 +160,22 @@ def test_losses_are_the_detectors_on_each_resolution(detector):
     expected = {f"{name}_hr": loss for name, loss in high.items()}
     expected.update({f"{name}_lr": loss for name, loss in low.items()})
     expected.update({f"{name}_fr": loss * 0.4 for name, loss in fused.items()})
-    assert list(losses) == list(expected) and len(losses) == 9
+    assert list(losses) == list(expected) and len(losses) == (6 if detector == "TOOD" else 9)
     for name, loss in expected.items():
         torch.testing.assert_close(losses[name], loss, msg=lambda text: f"{name}: {text}")
     assert len({round(loss.item(), 6) for name, loss in losses.items() if "cls" in name}) == 3
 
 
-def test_targets_are_assigned_once():
-    model = teacher("GFL").train()
+@pytest.mark.parametrize("detector, times", [("GFL", 1), ("TOOD", 3)])
+def test_targets_are_assigned_once(detector, times):
+    """But for an assigner that reads what each branch predicts."""
+    model = teacher(detector).train()
     assigner = model.detector.assigner
-    model.detector.assigner = mock.Mock(wraps=assigner, assigns_points=assigner.assigns_points)
+    flags = {name: getattr(assigner, name) for name in ("assigns_points", "reads_predictions")}
+    model.detector.assigner = mock.Mock(wraps=assigner, **flags)
     with EventStorage():
-        assert len(model(batch())) == 9
-    assert model.detector.assigner.call_count == 1
+        assert len(model(batch())) == 9 - 3 * (detector == "TOOD")
+    assert model.detector.assigner.call_count == times
 
 
 @pytest.mark.parametrize("factor", [2, 4])

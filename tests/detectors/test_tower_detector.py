@@ -19,7 +19,7 @@ from d2_distill.staged import stage_detector
 
 from ..small_detectors import CASES, batch, build, detector_cfg, image_input
 
-DETECTORS = ("ATSS", "GFL", "GFLv2", "OpenMMLabFCOS", "OpenMMLabRetinaNet")
+DETECTORS = ("ATSS", "GFL", "GFLv2", "OpenMMLabFCOS", "OpenMMLabRetinaNet", "TOOD")
 ONE_STAGE = [case for case in CASES if case.split()[0] in DETECTORS]
 
 BATCHES = {
@@ -111,7 +111,7 @@ def _as_one_of_two(rank: int, model: TowerDetector, images: list[dict], folder: 
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("case", ["ATSS", "GFL", "GFLv2", "OpenMMLabFCOS"])
+@pytest.mark.parametrize("case", ["ATSS", "GFL", "GFLv2", "OpenMMLabFCOS", "TOOD"])
 def test_two_processes_train_like_one(models, case, tmp_path):
     """The mean over processes, which DDP takes of the gradients, is the loss of the whole batch."""
     images = [
@@ -223,7 +223,7 @@ def test_the_threshold_is_on_the_class_score_alone():
     assert (found.scores == expected).all() and expected < 0.5
 
 
-@pytest.mark.parametrize("case", ["ATSS", "FCOS", "GFL", "OpenMMLabFCOS", "OpenMMLabRetinaNet"])
+@pytest.mark.parametrize("case", ["ATSS", "FCOS", "GFL", "OpenMMLabFCOS", "OpenMMLabRetinaNet", "TOOD"])
 def test_an_unknown_feature(case):
     family = case.replace("OpenMMLab", "").upper()
     message = f"MODEL.{family}.IN_FEATURES has 'p9', .*narrow_resnet_fpn_backbone lacks; choose from .*p5"
@@ -231,7 +231,7 @@ def test_an_unknown_feature(case):
         build(detector_cfg(case, **{f"{family}__IN_FEATURES": ["p3", "p4", "p9"]}))
 
 
-@pytest.mark.parametrize("case", ["ATSS", "GFL", "OpenMMLabFCOS", "OpenMMLabRetinaNet"])
+@pytest.mark.parametrize("case", ["ATSS", "GFL", "OpenMMLabFCOS", "OpenMMLabRetinaNet", "TOOD"])
 def test_an_unknown_box_loss(case):
     family = case.replace("OpenMMLab", "").upper()
     key = "BBOX_REG_LOSS_TYPE" if family == "RETINANET" else "BOX_LOSS"

@@ -19,8 +19,9 @@ from d2_distill.staged import Tap
 
 from ..small_detectors import batch, distiller_cfg, image_input, save_teacher
 
-KINDS = ("RetinaNet", "RetinaNet BN", "FCOS", "OpenMMLabFCOS", "ATSS", "GFLv2")
+KINDS = ("RetinaNet", "RetinaNet BN", "FCOS", "OpenMMLabFCOS", "ATSS", "GFLv2", "TOOD")
 PAIRS = [pair for pair in itertools.product(("RetinaNet", "FCOS", "GFL"), KINDS) if pair[0] != pair[1]]
+PAIRS += [("TOOD", "ATSS"), ("TOOD", "TOOD")]
 TERMS = {"loss_assist", "loss_akd", "loss_ckd"}
 NO_BOXES = [image_input(64, 96), image_input(96, 64, seed=1)]
 
@@ -104,6 +105,29 @@ def test_ends_of_towers_imitate_the_teachers(tap, teachers):
         wanted = list(step.student.features.values())
         for mine, other in zip(gradients(found, wanted), gradients(expected, wanted)):
             torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "case, teacher, akd, ckd",
+    [
+        ("RetinaNet", "TOOD", ["cls"], ["cls", "box"]),
+        ("TOOD", "ATSS", ["cls", "box"], ["cls", "box"]),
+        ("TOOD", "TOOD", ["cls"], ["cls"]),
+    ],
+)
+@pytest.mark.parametrize("tap", [-1, 1])
+def test_a_tower_that_both_tasks_share(case, teacher, akd, ckd, tap, teachers):
+    """It stands for both, but two of them are compared once."""
+    step = Step(distiller_of(case, teachers[teacher], CKD_TAP=tap))
+    assert (list(step.setting.akd), list(step.setting.ckd)) == (akd, ckd)
+    ours, theirs = (run.staged.towers for run in (step.student, step.teacher))
+    assert step.setting.taps() == ({} if tap == -1 else dict.fromkeys(ours, {Tap(1)}))
+    expected = 0.0
+    for name in ckd:
+        mine, other = (name if name in towers else "shared" for towers in (ours, theirs))
+        features = step.student.taps[mine][Tap(2 if tap == -1 else 1)]
+        expected = expected + slow(step.setting.ckd[name], features, tower_ends(step.teacher, other))
+    torch.testing.assert_close(mimicry_loss(step.assistance.ckd).double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_who_learns_from_which_term(teachers):

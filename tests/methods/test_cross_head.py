@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 
 from d2_distill.engine.trainer import build_checkpointer
 from d2_distill.errors import UserError
+from d2_distill.losses import align_statistics
 from d2_distill.methods import build_methods
 from d2_distill.staged import Tap, stage_detector
 from d2_distill.teacher import Teacher
@@ -58,6 +59,10 @@ def model_of(role: str, case: str, salt: int, wide: bool):
             model.head.bbox_pred.weight *= 30  # distributions that differ by more than rounding
         elif case == "FCOS":
             model.head.bbox_pred.bias += 3  # its distances are clamped at 0: boxes without area match none
+        elif case == "TOOD":  # sides from far away make boxes without area
+            model.head.bbox_pred.bias += 1
+            for parameter in model.head.bbox_alignment[-1].parameters():
+                parameter *= 0.02
     return Teacher(model, input_format="BGR") if role == "teacher" else staged
 
 
@@ -107,7 +112,7 @@ def taps(position: int, **others):
 
 @pytest.mark.parametrize("activation", ["post", "pre"])
 @pytest.mark.parametrize("tap", [0, 1, 2])
-@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize("case", [*HEADS, "TOOD"])
 def test_equal_detectors_have_nothing_to_learn(case, tap, activation):
     options = taps(tap, TAP_ACTIVATION=activation)
     same, other = Pair(case, salt=1, **options).terms(), Pair(case, **options).terms()
@@ -400,6 +405,39 @@ def test_whose_normalizers_are_averaged_over_processes(monkeypatch):
     assert local == {"RetinaNet", "OpenMMLabRetinaNet"}
 
 
+# Towers that classes and boxes share.
+
+
+@pytest.mark.parametrize("student", ["GFL", "TOOD"])
+@pytest.mark.parametrize("tap", [0, 1, 2])
+def test_a_predictor_reads_the_teachers_own_features_before_the_tap(student, tap):
+    """TOOD predicts from all blocks of its tower, the first of which lies before the second tap."""
+    pair = Pair(student, "TOOD", **taps(tap))
+    ours, theirs = pair.runs()
+    crossed, head = pair.method.crossed_outputs(ours, theirs), pair.teacher.model.head
+    for output in ("logits", "deltas"):
+        maps, own = [], theirs.taps["shared"]
+        for level, x in enumerate(ours.taps[ours.staged.branch_of(output)][Tap(tap)]):
+            x = align_statistics(x, own[Tap(tap)][level]).detach()
+            x = x.relu() if tap else x
+            first = own[Tap(1)][level] if tap == 2 else x if tap == 1 else head.subnet[:3](x)
+            second = x if tap == 2 else head.subnet[3:](first)
+            maps.append(head.predict(output, [first, second], level))
+        torch.testing.assert_close(crossed[output], theirs.grid.join(maps))
+
+
+def test_a_shared_tower_is_crossed_once_if_the_taps_agree():
+    assert {name: crossing.outputs for name, crossing in Pair("TOOD").method.crossings.items()} == {
+        "cls": ("logits", "deltas")
+    }
+    apart = Pair("TOOD", CLS_TAP=1, BOX_TAP=2)
+    assert {name: crossing.outputs for name, crossing in apart.method.crossings.items()} == {
+        "cls": ("logits",), "box": ("deltas",)
+    }
+    assert apart.method.taps() == {"shared": {Tap(1), Tap(2)}}
+    assert all(term > 0 for term in apart.terms().values())
+
+
 # Pairs of different detectors.
 
 
@@ -412,9 +450,9 @@ def test_every_teacher_teaches_every_student(teacher):
         ours, theirs = pair.runs()
         terms = pair.method(ours, theirs)
         assert set(terms) == BOTH
-        for term, branch in (("loss_crosskd_cls", "cls"), ("loss_crosskd_box", "box")):
+        for term, output in (("loss_crosskd_cls", "logits"), ("loss_crosskd_box", "deltas")):
             assert terms[term].isfinite() and terms[term] > 0, student
-            for gradient in gradients(terms[term], ours.taps[branch][Tap(1)]):
+            for gradient in gradients(terms[term], ours.taps[ours.staged.branch_of(output)][Tap(1)]):
                 assert gradient.isfinite().all() and gradient.any(), student
         mine, other = ours.grid.boxes, theirs.grid.boxes
         assert pair.method.shares_anchors == (mine.shape == other.shape and torch.equal(mine, other))

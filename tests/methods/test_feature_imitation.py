@@ -20,7 +20,7 @@ from ..small_detectors import batch, build, detector_cfg, distiller_cfg, image_i
 
 DENSE_REGIONS = ["inside_gt", "decouple", "finegrained", "gibox", "main"]
 # Several anchors a cell, other centres, padding that the assigner leaves out, more scores than classes.
-DENSE = ["RetinaNet", "OpenMMLabRetinaNet", "FCOS", "ATSS", "GFL", "GFLv2"]
+DENSE = ["RetinaNet", "OpenMMLabRetinaNet", "FCOS", "ATSS", "GFL", "GFLv2", "TOOD"]
 # FCOS assigns points.
 ALLOWED = [
     (region, case) for region in DENSE_REGIONS for case in DENSE if (region, case) != ("finegrained", "FCOS")

@@ -17,7 +17,7 @@ from d2_distill.methods.assist_rois import SharedRoIs, TracedRoIs
 from ..small_detectors import batch, build, detector_cfg, distiller_cfg, image_input, save_teacher
 
 RCNN, CASCADE = "GeneralizedRCNN", "GeneralizedRCNN cascade"
-TRACED = [("RetinaNet", RCNN), ("OpenMMLabFCOS", CASCADE), ("GFLv2", RCNN), ("FCOS", RCNN)]
+TRACED = [("RetinaNet", RCNN), ("OpenMMLabFCOS", CASCADE), ("GFLv2", RCNN), ("FCOS", RCNN), ("TOOD", RCNN)]
 SHARED = [(RCNN, RCNN), (RCNN, CASCADE)]
 TERMS = {"loss_assist", "loss_akd", "loss_ckd"}
 FEW = {"RPN__PRE_NMS_TOPK_TRAIN": 50, "RPN__POST_NMS_TOPK_TRAIN": 20}
@@ -105,7 +105,7 @@ def test_every_term_and_whom_it_teaches(make, case, teacher_case):
     # CKD teaches the part of the student's head that imitates.
     found = learners(model, losses["loss_ckd"])
     assert cross <= found and not found & (assistant | akd)
-    head = "student.roi_heads.box_head." if case == RCNN else "student.head.cls_subnet."
+    head = {RCNN: "student.roi_heads.box_head.", "TOOD": "student.head.subnet."}.get(case, "student.head.cls_subnet.")
     assert below(found, head) and found == below(found, "student.backbone.", head) | cross
 
 

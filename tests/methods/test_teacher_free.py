@@ -81,6 +81,7 @@ BATCHES = {
 # Student, options, terms.
 SELECTIONS = [
     *[(case, {"DENSE_ASSISTANT": assistant}, DENSE | RCNN) for case, assistant in STUDENTS.items()],
+    ("RetinaNet", {"DENSE_ASSISTANT": "TOOD"}, DENSE | RCNN),
     ("RetinaNet", WITHOUT_DENSE, RCNN),
     ("RetinaNet", WITHOUT_RCNN, DENSE),
     ("RetinaNet", {"PER_ANCHOR": False}, DENSE | RCNN),
