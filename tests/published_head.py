@@ -42,7 +42,8 @@ TERMS = {
         "loss_assist_dense": (1, 2000, None),
         "loss_cross_dense": (1, 2000, 7330 * 8),
     },
-    # Teachers of which no setting was published.
+    # An assistant and teachers of which no setting was published.
+    "retinanet_R_18_FPN_1x_ms_assist_tood": {"loss_assist_dense": (1, 0, None)},
     "retinanet_R_18_from_fcos_R_50_FPN_1x_ms": _DENSE_HEAD,
     "retinanet_R_18_from_atss_R_50_FPN_1x_ms": _DENSE_HEAD,
     "retinanet_R_18_from_gfl_R_50_FPN_1x_ms": _DENSE_HEAD,

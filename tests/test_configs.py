@@ -33,7 +33,7 @@ CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs"
 # Configs that follow OpenMMLab's recipe and not Detectron2's.
 OPENMMLAB = re.compile(
     r"configs/(ld|head|(baselines|crosskd|imitation)/(.*/)?"
-    r"(gfl|atss|fcos|openmmlab|.*_dist|retinanet_(Swin|MNV2)))"
+    r"(gfl|atss|fcos|tood|openmmlab|.*_dist|retinanet_(Swin|MNV2)))"
 )
 TRAINING_IMAGES = {"coco_2017_train": 117266, "voc_2007_trainval": 5011, "voc_2012_trainval": 11540}
 
