@@ -95,9 +95,7 @@ def _nearest_anchors(
     box_centers, anchor_centers = centers_of(boxes), centers_of(anchors)
     for images, some in box_chunks(valid_boxes, len(anchors)):
         # The form by matrix multiplication would be off by whole pixels on large images.
-        distances = torch.cdist(
-            box_centers[images, some], anchor_centers, compute_mode="donot_use_mm_for_euclid_dist"
-        )
+        distances = torch.cdist(box_centers[images, some], anchor_centers, compute_mode="donot_use_mm_for_euclid_dist")
         if valid_anchors is not None:
             distances.masked_fill_(~valid_anchors[images, None], float("inf"))
         start = 0

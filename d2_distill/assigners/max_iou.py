@@ -72,7 +72,7 @@ class _Found(NamedTuple):
     claimant: torch.Tensor
 
     def combined(self, later: _Found) -> _Found:
-        """Of these boxes and of some that follow them."""
+        """Return the result of these boxes and of the ``later`` ones together."""
         better = later.best > self.best
         return _Found(
             later.best.where(better, self.best),
@@ -89,10 +89,10 @@ def claimants(overlaps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
     Args:
         overlaps: (N, G, R) IoU of G > 0 boxes with R anchors.
-        numbers: (G,) positive and ascending, how to call the boxes.
+        numbers: (G,) positive number of each box, ascending.
 
     Returns:
-        (N, R) int64; 0: nobody.
+        (N, R) int64, number of the box; 0: none.
     """
     highest = overlaps.amax(dim=2, keepdim=True)
     claims = (overlaps == highest) & (highest > 0)

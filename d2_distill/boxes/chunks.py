@@ -7,10 +7,10 @@ from typing import TypeVar
 
 import torch
 
-# Images x boxes x anchors that are compared at once; assigners and regions take up to 20 bytes each, here 320 MiB.
+# Largest batch, in images x boxes x anchors, that is computed at once. Each takes up to 20 bytes, in total 320 MiB.
 MAX_PAIRS = 2**24
-# Those of a chunk of a larger batch. The CPU is 2 to 4 times faster while allocators keep a tensor's memory for
-# the next one, which glibc's does up to 32 MiB.
+# Size of a chunk of larger batches. The CPU is 2 to 4 times faster with tensors of up to 32 MiB, whose memory glibc
+# reuses instead of returning it to the system.
 CHUNK_PAIRS = 2**22
 
 Result = TypeVar("Result", torch.Tensor, tuple)

@@ -14,7 +14,7 @@ DISTANCE_EXPONENT = 0.8
 VOTING_OVERLAP = 0.7
 VOTING_SIGMA = 0.025
 
-# Pairs of boxes that are compared at once. Each takes up to 200 bytes if all overlap, here 200 MiB.
+# Pairs of boxes that are compared at once. If all overlap, each takes up to 200 bytes, in total 200 MiB.
 MAX_PAIRS = 2**20
 
 
@@ -57,7 +57,7 @@ def cluster_nms(
     kept = torch.ones_like(order, dtype=torch.bool)
     places = torch.arange(len(order), device=order.device)
     for rows, columns in _blocks(classes):
-        # What boxes of earlier blocks suppress does nothing itself.
+        # A box that earlier blocks suppress neither suppresses others nor is returned.
         rows = places[rows][kept[rows]]
         iou = pairwise_overlaps(boxes[rows], boxes[columns])
         # X is at most the IoU, so that the few pairs of sufficient IoU are all that can suppress or vote.
@@ -106,8 +106,14 @@ def _relative_distance(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tens
 
 
 def _greedily_kept(candidates: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """(n,) bool: what greedy NMS keeps of the ``candidates``, (n,) bool, if box ``first[p]`` suppresses
-    ``second[p]``, which is behind it.
+    """Return which boxes greedy NMS keeps.
+
+    Args:
+        candidates: (n,) bool, the others are suppressed already.
+        first, second: (P,) indices; ``first[p]`` suppresses ``second[p]``, which comes after it.
+
+    Returns:
+        (n,) bool.
 
     Round t settles at least the first t boxes, so that the iteration ends; in practice after a few rounds.
     """
@@ -120,10 +126,8 @@ def _greedily_kept(candidates: torch.Tensor, first: torch.Tensor, second: torch.
         kept = update
 
 
-def _weights(
-    iou: torch.Tensor, overlaps: torch.Tensor, iou_threshold: float, voting: str
-) -> torch.Tensor:
-    """(P,) w_ij / s_j of the pairs with ``iou`` and X_ij ``overlaps``, (P,) each."""
+def _weights(iou: torch.Tensor, overlaps: torch.Tensor, iou_threshold: float, voting: str) -> torch.Tensor:
+    """Return w_ij / s_j of P pairs, (P,), from their IoU and their X_ij ``overlaps``, (P,) each."""
     if voting == "score":
         return torch.exp(-((1 - overlaps) ** 2) / VOTING_SIGMA) * (overlaps > VOTING_OVERLAP)
     return iou * (overlaps > iou_threshold)
@@ -150,5 +154,5 @@ class _Votes:
         self.sums.index_add_(0, first, weights.double()[:, None] * self.weighted[second])
 
     def means(self) -> torch.Tensor:
-        """(n, 4) boxes that are voted for."""
+        """Return the (n, 4) voted boxes."""
         return (self.sums[:, :4] / self.sums[:, 4:]).to(self.dtype)

@@ -59,9 +59,7 @@ FUNCTIONS = {
         scene.anchors, scene.gt.boxes, scene.gt.valid, scene.valid_anchors
     ),
     "inside_boxes": lambda scene: inside_boxes(centers_of(scene.anchors), scene.gt.boxes, scene.gt.valid),
-    "focal_masks": lambda scene: focal_masks(
-        scene.gt.boxes, scene.gt.valid, (10, len(scene.anchors) // 10), 4.0
-    ),
+    "focal_masks": lambda scene: focal_masks(scene.gt.boxes, scene.gt.valid, (10, len(scene.anchors) // 10), 4.0),
 }
 
 
