@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib.util
@@ -131,6 +132,17 @@ def help_of(program: str, *command: str) -> str:
         sys.argv = arguments
     assert not stop.value.code
     return text.getvalue()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_choose_detectron2_before_they_import_it(program):
+    """Importing d2_distill does; in this process that has happened already."""
+    tree = ast.parse((ROOT / program).read_text(encoding="utf-8"))
+    modules = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in tree.body
+               if isinstance(node, (ast.Import, ast.ImportFrom))]
+    packages = [module.partition(".")[0] for module in modules]
+    assert "d2_distill" in packages
+    assert "detectron2" not in packages[: packages.index("d2_distill")]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

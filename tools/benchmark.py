@@ -20,6 +20,9 @@ from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
+import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
+
+# isort: split
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
@@ -27,7 +30,6 @@ from tabulate import tabulate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
 from d2_distill.checkpoint.exact import load_exactly
 from d2_distill.data.checks import check_dataset
 from d2_distill.data.registration import register_datasets

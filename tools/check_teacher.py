@@ -25,10 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
+import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
+
+# isort: split
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
 from d2_distill.apps.command_line.arguments import whole_number
 from d2_distill.apps.command_line.files import whole_file
 from d2_distill.apps.command_line.progress import Progress

@@ -21,6 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
+import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
+
+# isort: split
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
@@ -28,7 +31,6 @@ from detectron2.data import transforms as T
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
-import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
 from d2_distill.apps.command_line.arguments import whole_number
 from d2_distill.apps.command_line.files import whole_file
 from d2_distill.apps.export.checkpoint import read_checkpoint, to_half, write_checkpoint

@@ -28,13 +28,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
+import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
+
+# isort: split
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
 from PIL import Image
 
-import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
 from d2_distill.apps.command_line.arguments import whole_number
 from d2_distill.apps.command_line.files import partial_path, whole_file
 from d2_distill.apps.command_line.progress import StepProgress

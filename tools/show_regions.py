@@ -23,6 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
+import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
+
+# isort: split
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -31,7 +34,6 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-import d2_distill  # noqa: F401  before detectron2: chooses which one is imported
 from d2_distill.apps.command_line.arguments import whole_number
 from d2_distill.apps.command_line.files import whole_file
 from d2_distill.apps.pictures.heatmaps import Scene, draw_levels

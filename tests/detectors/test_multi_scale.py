@@ -23,6 +23,7 @@ from d2_distill.layers.fusion import ScaleFusion
 from d2_distill.staged import StagedDense, stage_detector
 
 from ..low_resolution_pairs import LEVELS, STAGES, of_student, of_teacher
+from ..same_detections import assert_same_detections
 from ..small_detectors import batch, build, detector_cfg, distiller_cfg, image_input
 
 DETECTORS = ["RetinaNet", "OpenMMLabRetinaNet", "FCOS", "OpenMMLabFCOS", "ATSS", "GFL", "GFLv2", "TOOD"]
@@ -199,13 +200,6 @@ def detections(model, inputs):
         return [output["instances"] for output in model.eval()(inputs)]
 
 
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs) > 0
-    torch.testing.assert_close(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
-    torch.testing.assert_close(ours.scores, theirs.scores)
-    assert torch.equal(ours.pred_classes, theirs.pred_classes)
-
-
 def test_each_branch_detects_as_the_detector_alone():
     model, inputs = teacher(), whole_inputs()
     found = {}
@@ -213,9 +207,9 @@ def test_each_branch_detects_as_the_detector_alone():
         model.test_branch = branch
         found[branch] = detections(model, inputs)
     for ours, theirs in zip(found["high"], detections(model.detector, inputs)):
-        assert_same(ours, theirs)
+        assert_same_detections(ours, theirs)
     for ours, theirs in zip(found["low"], detections(low_detector(model), inputs)):
-        assert_same(ours, theirs)
+        assert_same_detections(ours, theirs)
     scores = [found[branch][0].scores[0].item() for branch in found]
     assert len(set(scores)) == 3
 
@@ -235,7 +229,7 @@ def test_a_batch_of_three_gives_three_results_which_do_not_depend_on_the_batch()
     together = detections(model, inputs)
     assert len(together) == 3
     for each, ours in zip(inputs, together):
-        assert_same(ours, detections(model, [each])[0])
+        assert_same_detections(ours, detections(model, [each])[0])
 
 
 def test_detections_are_scaled_to_the_asked_size():

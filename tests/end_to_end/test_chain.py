@@ -25,7 +25,7 @@ def test_metrics_hold_every_term(request, name, terms):
     assert {key for key in values if key.startswith("loss")} == terms
     assert all(math.isfinite(values[key]) for key in terms)
     assert values["train_seconds"] > 0 and values["lr"] > 0
-    assert 0 <= values["bbox/AP"] <= 100 and (values["bbox/AP50"] > 20) == (name == "teacher")
+    assert 0 <= values["bbox/AP"] <= 100 and (values["bbox/AP50"] > 20 or name != "teacher")
 
 
 def test_tensorboard_holds_every_scalar(distilled):

@@ -40,7 +40,7 @@ def test_exported_checkpoint_is_evaluated_alike(server, teacher, tmp_path, half)
     outcome = server.run(*arguments, "OUTPUT_DIR", tmp_path).succeeded()
     expected = [scalars(teacher.folder)[f"bbox/{name}"] for name in ("AP", "AP50")]
     assert expected[1] > 20
-    assert average_precision(outcome)[:2] == pytest.approx(expected, abs=2.0 if half else 1e-4)
+    assert average_precision(outcome)[:2] == pytest.approx(expected, abs=5.0 if half else 1e-4)
 
 
 def test_training_starts_from_an_exported_student(server, distilled, plain, tmp_path):

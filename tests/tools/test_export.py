@@ -23,6 +23,7 @@ from d2_distill.engine.trainer import Trainer, build_checkpointer
 from d2_distill.evaluation.complexity import count_flops, count_parameters
 
 from ..data.small_sets import CLASSES, write_coco
+from ..same_detections import assert_same_detections
 from ..small_detectors import batch, build, detector_cfg, distiller_cfg, save_teacher
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -233,8 +234,7 @@ def test_torchscript_from_data_and_its_evaluation(trained, tmp_path, monkeypatch
         with torch.no_grad():
             expected, found = (each(inputs)[0]["instances"] for each in (model, detector))
         assert len(found) > 0 and found.image_size == expected.image_size == (inputs[0]["height"], inputs[0]["width"])
-        torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
-        assert torch.equal(found.scores, expected.scores)
+        assert_same_detections(found, expected)
     run(monkeypatch, "evaluate", *options[:2], target, *values)
 
 

@@ -16,6 +16,7 @@ from d2_distill.apps.teacher_check.verdict import BAD, DOUBTFUL, GOOD, judge
 from d2_distill.errors import UserError
 from d2_distill.teacher import Teacher
 
+from ...same_detections import assert_same_detections
 from ...small_detectors import batch, build, detector_cfg
 
 PLACES = [[0.0, 0.0, 10.0, 10.0], [20.0, 0.0, 30.0, 10.0], [40.0, 0.0, 50.0, 10.0]]
@@ -80,10 +81,7 @@ def detector(input_format="BGR", classes=(), lacks=(), ours=("a", "b", "c"), **o
 
 def assert_same(ours, theirs):
     for mine, other in zip(ours, theirs):
-        mine, other = mine["instances"], other["instances"]
-        assert len(mine) == len(other) > 0 and mine.pred_classes.tolist() == other.pred_classes.tolist()
-        torch.testing.assert_close(mine.scores, other.scores, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(mine.pred_boxes.tensor, other.pred_boxes.tensor, rtol=1e-3, atol=1e-2)
+        assert_same_detections(mine["instances"], other["instances"])
 
 
 def named(detector, cfg, part):
