@@ -97,6 +97,7 @@ def check_matcher_nms_sampling(case: Case) -> None:
         assert matches.tolist() == entry["matches"]
         assert labels.tolist() == entry["match_labels"]
     empty = data["matcher_no_gt"]
+    assert empty["quality_shape"][0] == 0
     # No threshold is reached without ground truth.
     thresholds = [(index + 1) / len(empty["labels"]) for index in range(len(empty["labels"]) - 1)]
     matches, labels = Matcher(thresholds, plain(empty["labels"]))(torch.zeros(plain(empty["quality_shape"])))

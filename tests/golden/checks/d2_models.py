@@ -40,8 +40,10 @@ def zoo_model(base_config, overrides):
     return build_model(cfg)
 
 
-def fcos_model(depth=50, out_ch=256, convs=4, nc=80, norm="GN", radius=1.5, score=0.2, nms=0.6, freeze=0,
-               topk=1000, dets=100, stride_in_1x1=None):
+def fcos_model(
+    depth=50, out_ch=256, convs=4, nc=80, norm="GN", radius=1.5, score=0.2, nms=0.6, freeze=0, topk=1000, dets=100,
+    stride_in_1x1=None, pixel_mean=(103.53, 116.28, 123.675), pixel_std=(1.0, 1.0, 1.0),
+):
     """The FCOS of the recordings (README of the suite), which has no config file."""
     names = ["res3", "res4", "res5"]
     cfg = get_cfg()
@@ -67,8 +69,8 @@ def fcos_model(depth=50, out_ch=256, convs=4, nc=80, norm="GN", radius=1.5, scor
         test_nms_thresh=nms,
         test_topk_candidates=topk,
         max_detections_per_image=dets,
-        pixel_mean=[103.53, 116.28, 123.675],
-        pixel_std=[1.0, 1.0, 1.0],
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
     )
 
 
