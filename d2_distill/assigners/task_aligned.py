@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..boxes.chunks import box_chunks
 from ..boxes.geometry import centers_of, depth_inside
 from ..boxes.overlaps import pairwise_overlaps
 from .claims import MIN_DEPTH, settle_claims
@@ -56,15 +57,19 @@ def match_task_aligned(
         topk: candidates of a box, of all levels together.
         alpha, beta: exponents.
     """
-    rows = classes[..., None].expand(-1, -1, len(anchors))
-    alignment = scores.transpose(1, 2).gather(1, rows).pow(alpha)
-    overlaps = pairwise_overlaps(boxes, predicted)
-    alignment *= overlaps.pow(beta)
-    alignment.masked_fill_(~valid_boxes[..., None], 0)
-    if valid_anchors is not None:
-        alignment.masked_fill_(~valid_anchors[:, None], 0)
-    alignment, candidates = alignment.topk(min(topk, len(anchors)), dim=-1)
-    overlaps = overlaps.gather(-1, candidates)
+    size = (*valid_boxes.shape, min(topk, len(anchors)))
+    alignment, overlaps = (scores.new_zeros(size) for _ in range(2))
+    candidates = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    for images, some in box_chunks(valid_boxes, len(anchors)):
+        rows = classes[images, some, None].expand(-1, -1, len(anchors))
+        aligned = scores[images].transpose(1, 2).gather(1, rows).pow(alpha)
+        overlap = pairwise_overlaps(boxes[images, some], predicted[images])
+        aligned *= overlap.pow(beta)
+        aligned.masked_fill_(~valid_boxes[images, some, None], 0)
+        if valid_anchors is not None:
+            aligned.masked_fill_(~valid_anchors[images, None], 0)
+        alignment[images, some], candidates[images, some] = best = aligned.topk(size[-1], dim=-1)
+        overlaps[images, some] = overlap.gather(-1, best.indices)
     inside = depth_inside(centers_of(anchors)[candidates], boxes[:, :, None]) > MIN_DEPTH
     matches = settle_claims(candidates, overlaps, (alignment > 0) & inside, len(anchors))
 

@@ -46,7 +46,9 @@ class ValuableRegion:
         else:
             thresholds = run.assignment.thresholds
             if thresholds is None:  # the student assigns otherwise than by ATSS
-                thresholds = atss_thresholds(grid.boxes, grid.level_sizes, truth.boxes, grid.valid)
+                thresholds = atss_thresholds(
+                    grid.boxes, grid.level_sizes, truth.boxes, grid.valid, valid_boxes=truth.valid
+                )
             values = valuable_region(
                 grid.boxes, truth.boxes, truth.valid, thresholds, grid.valid, self.gamma, self.overlap
             )

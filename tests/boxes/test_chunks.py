@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2_distill.assigners import GroundTruth, atss_thresholds, match_atss, match_max_iou, match_points
+from d2_distill.assigners import (
+    GroundTruth,
+    atss_thresholds,
+    match_atss,
+    match_max_iou,
+    match_points,
+    match_task_aligned,
+)
 from d2_distill.boxes import chunks
 from d2_distill.boxes.geometry import centers_of
 from d2_distill.regions import finegrained_region, focal_masks, inside_boxes, valuable_region
@@ -38,8 +45,21 @@ def _valuable(scene, overlap):
     )
 
 
+def _task_aligned(scene):
+    """Predictions are given by the anchors' places alone, so that they differ and need no generator."""
+    num_images, num_anchors = len(scene.gt.boxes), len(scene.anchors)
+    places = torch.arange(num_images * num_anchors * 7, dtype=scene.anchors.dtype, device=scene.anchors.device)
+    scores = (places.view(num_images, num_anchors, 7) * 0.37).sin().abs()
+    predicted = (scene.anchors * 1.01).expand(num_images, -1, -1)
+    return match_task_aligned(
+        scores, predicted, scene.anchors, scene.gt.boxes, scene.gt.classes, scene.gt.valid, scene.valid_anchors,
+        topk=13, alpha=1.0, beta=6.0,
+    )
+
+
 # Name -> function of a scene, which gives a tensor or some.
 FUNCTIONS = {
+    "match_task_aligned": _task_aligned,
     "match_max_iou": lambda scene: match_max_iou(
         scene.anchors,
         scene.gt.boxes,
