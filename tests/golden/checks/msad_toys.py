@@ -81,6 +81,7 @@ class Toys:
         )
         first, last, self._channels = (int(number) for number in toy.groups()[:3])
         self.levels = list(range(first, last + 1))
+        assert set(self.low_levels) <= set(self.levels)
         self._norm = {"EPS": float(toy[4]), "MOMENTUM": float(toy[5])}
         assert self.params["others"] == "defaults"
         self.cfg = self._cfg("OpenMMLabFCOS", "toy_low_resolution_pyramid", self.low_levels)
@@ -119,7 +120,10 @@ class Toys:
 
     def teacher(self) -> nn.Module:
         model = build_detector(self._cfg("MultiScaleDetector", "toy_pyramid", self.levels))
-        assert stage_detector(model).strides == list(self.params["FPN_STRIDES"])
+        strides = list(self.params["FPN_STRIDES"])
+        assert stage_detector(model).strides == strides
+        shapes = model.backbone.output_shape()
+        assert [model.factor * shapes[name].stride for name in self.params["L_IN_FEATURES"]] == strides
         return load(model, self.case, TEACHER)
 
     def student(self) -> nn.Module:
