@@ -50,7 +50,7 @@ def voc_data(folder):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("data", [coco_data, voc_data])
 def test_files_are_read_once_and_may_change_then(run, data, processes, tmp_path):
-    """Evaluations, of which there are two, read them neither."""
+    """The two evaluations do not read them again."""
     datasets, files = data(tmp_path / "data")
     config = merged(TINY, {"DATASETS": datasets}, SHORT)
     outcome, reads = run(config, processes=processes)
