@@ -40,7 +40,7 @@ from d2_distill.engine.trainer import Trainer
 from d2_distill.errors import UserError, reported
 from d2_distill.evaluation.complexity import count_parameters, flops_by_module
 from d2_distill.evaluation.speed import seconds_in_turns, seconds_of, synthetic_batch
-from d2_distill.staged import DenseRun, stage_detector
+from d2_distill.staged import stage_detector
 from d2_distill.teacher import teacher_config
 
 STEP = """
@@ -84,7 +84,7 @@ def teacher_forward(distiller: Distiller, batch: Batch) -> Callable[[], None]:
 
     def forward() -> None:
         run = teacher.staged.run(teacher.staged.preprocess(batch), frozen=True)
-        if isinstance(run, DenseRun):
+        if teacher.staged.family == "dense":
             run.predictions
         else:
             with torch.no_grad():
