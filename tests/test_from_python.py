@@ -1,4 +1,4 @@
-"""``import d2_distill`` in a fresh interpreter: it registers everything, and exports the names that docs/python.md lists."""
+"""``import d2_distill`` in a fresh interpreter: it registers everything, and exports what docs/python.md lists."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_script_builds_a_distiller():
     assert report["model"] == "Distiller" and report["student"] == "RetinaNet"
     assert not [name for name in report["modules"] if name.startswith("d2_distill.embedded")]
     assert {"CrossKD", "PKD", "LD", "HEAD"} <= set(report["methods"])
-    assert {"GFL", "MultiScaleDetector", "build_swin_fpn_backbone", "build_low_resolution_backbone"} <= {*report["registered"]}
+    assert {"GFL", "MultiScaleDetector", "build_swin_fpn_backbone", "StudentFeatures"} <= {*report["registered"]}
 
 
 def test_the_page_lists_the_exported_names():

@@ -244,7 +244,8 @@ def benchmark_inference(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not seconds:
         raise UserError(f"There must be more than {WARMUP_IMAGES} images, for the first are not counted.")
     fps, median = len(seconds) / sum(seconds), statistics.median(seconds)
-    print(f"Overall: {fps:.1f} images/s, median {1e3 * median:.1f} ms, {len(seconds)} images, {next(model.parameters()).device}")
+    device = next(model.parameters()).device
+    print(f"Overall: {fps:.1f} images/s, median {1e3 * median:.1f} ms, {len(seconds)} images, {device}")
 
 
 def report_size(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -110,8 +110,13 @@ def test_malformed_names(names, sentence):
         with_classes(cfg)
 
 
+def declare_key(monkeypatch, key: str) -> None:
+    """Let RetinaNet's adapter declare another key of the number of classes."""
+    monkeypatch.setattr(StagedRetinaNet, "num_classes_key", classmethod(lambda cls, model_class, cfg: key))
+
+
 def test_a_key_that_the_config_has_not(monkeypatch, tmp_path):
-    monkeypatch.setattr(StagedRetinaNet, "num_classes_key", classmethod(lambda cls, model_class, cfg: "MODEL.MINE.CLASSES"))
+    declare_key(monkeypatch, "MODEL.MINE.CLASSES")
     cfg = on_data(detector_cfg("RetinaNet"), write_coco(tmp_path))
     with pytest.raises(UserError, match="StagedRetinaNet.num_classes_key is 'MODEL.MINE.CLASSES', which is no key"):
         with_classes(cfg)
@@ -119,9 +124,10 @@ def test_a_key_that_the_config_has_not(monkeypatch, tmp_path):
 
 def test_a_key_that_the_model_does_not_read(monkeypatch, tmp_path):
     key = "MODEL.FCOS.NUM_CLASSES"
-    monkeypatch.setattr(StagedRetinaNet, "num_classes_key", classmethod(lambda cls, model_class, cfg: key))
+    declare_key(monkeypatch, key)
     cfg = with_classes(on_data(detector_cfg("RetinaNet"), write_coco(tmp_path, classes=FOUR)))
-    with pytest.raises(UserError, match=f"RetinaNet predicts 3 classes, .* has 4 \\(ant, bee, cow, dog\\); let it read {key}"):
+    expected = rf"RetinaNet predicts 3 classes, .* has 4 \(ant, bee, cow, dog\); let it read {key}"
+    with pytest.raises(UserError, match=expected):
         check_outputs(cfg, build(cfg))
 
 

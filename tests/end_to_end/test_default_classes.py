@@ -1,4 +1,4 @@
-"""The config.yaml of a distilled run in Python: Detectron2's DefaultPredictor and DefaultTrainer, and the project's own."""
+"""The config.yaml of a distilled run in Python: Detectron2's DefaultPredictor and DefaultTrainer, and our Trainer."""
 
 from __future__ import annotations
 
