@@ -15,7 +15,15 @@ from torch import nn
 from d2_distill.detectors import MultiScaleDetector, TowerDetector
 from d2_distill.errors import UserError
 from d2_distill.layers.tower import Tap
-from d2_distill.staged import StagedDense, adapter_of, list_staged, stage, stage_detector
+from d2_distill.staged import (
+    StagedDense,
+    StagedDetector,
+    adapter_of,
+    list_staged,
+    register_staged,
+    stage,
+    stage_detector,
+)
 
 from .small_detectors import CASES, ONE_STAGE, all_taps, batch, build, detector_cfg
 
@@ -244,6 +252,21 @@ def test_decoded_outputs_contain_the_detections(dense):
 def test_a_detector_without_adapter_is_refused():
     with pytest.raises(UserError, match=f"Linear has no staged adapter.*choose one of {', '.join(list_staged())} as"):
         stage_detector(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    "base, declared, message",
+    [
+        (StagedDetector, {}, "Mine must declare its family, one of 'dense', 'two-stage', 'query'"),
+        (StagedDense, {"family": "anchors"}, "Mine must declare its family"),
+        (StagedDense, {}, "Mine must define assign, losses, num_classes_key; see StagedDetector"),
+        (StagedDetector, {"family": "query"}, "Mine must define feature_shapes, num_classes, num_classes_key, run;"),
+    ],
+)
+def test_an_adapter_that_leaves_something_out_is_refused(base, declared, message):
+    with pytest.raises(TypeError, match=message):
+        register_staged(nn.Linear)(type("Mine", (base,), declared))
+    assert adapter_of(nn.Linear) is None
 
 
 def test_the_first_reader_does_not_decide_about_the_gradient(model):

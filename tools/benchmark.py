@@ -42,7 +42,7 @@ from d2_distill.errors import UserError, reported
 from d2_distill.evaluation.complexity import count_parameters, flops_by_module
 from d2_distill.evaluation.speed import seconds_in_turns, seconds_of, synthetic_batch
 from d2_distill.layers.memory_format import in_fast_layout
-from d2_distill.staged import DenseRun, stage_detector
+from d2_distill.staged import stage_detector
 from d2_distill.teacher import teacher_config
 
 STEP = """
@@ -86,7 +86,7 @@ def teacher_forward(distiller: Distiller, batch: Batch) -> Callable[[], None]:
 
     def forward() -> None:
         run = teacher.staged.run(teacher.staged.preprocess(batch), frozen=True)
-        if isinstance(run, DenseRun):
+        if teacher.staged.family == "dense":
             run.predictions
         else:
             with torch.no_grad():
@@ -246,7 +246,8 @@ def benchmark_inference(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not seconds:
         raise UserError(f"There must be more than {WARMUP_IMAGES} images, for the first are not counted.")
     fps, median = len(seconds) / sum(seconds), statistics.median(seconds)
-    print(f"Overall: {fps:.1f} images/s, median {1e3 * median:.1f} ms, {len(seconds)} images, {next(model.parameters()).device}")
+    device = next(model.parameters()).device
+    print(f"Overall: {fps:.1f} images/s, median {1e3 * median:.1f} ms, {len(seconds)} images, {device}")
 
 
 def report_size(cfg: CfgNode, args: argparse.Namespace) -> None:

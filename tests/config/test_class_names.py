@@ -14,9 +14,10 @@ from detectron2.utils.events import EventStorage
 from d2_distill import provider
 from d2_distill.config.class_names import describe_match, match_classes
 from d2_distill.detectors.roi_heads import StagedRoIHeads
+from d2_distill.detectors.stock import StagedRetinaNet
 from d2_distill.distiller import Distiller
 from d2_distill.errors import UserError
-from d2_distill.staged import StagedDense, stage_detector
+from d2_distill.staged import StagedDense, StagedDetector, stage_detector
 from d2_distill.teacher import Teacher
 
 from ..same_detections import assert_same_detections
@@ -288,3 +289,17 @@ def test_coco_is_known_without_its_files(tmp_path):
     names = MetadataCatalog.get("coco_2017_train").thing_classes
     columns = [names.index(name) for name in OURS]
     assert torch.equal(teacher.model.head.cls_score.bias, whole[:, columns].flatten())
+
+
+def test_teacher_that_cannot_be_reduced(teachers, caplog, monkeypatch):
+    """It teaches what compares no classes; classes in another order would be mistaken for one another."""
+    monkeypatch.setattr(StagedRetinaNet, "keep_classes", StagedDetector.keep_classes)
+    with caplog.at_level(logging.WARNING, logger="d2_distill.teacher"):
+        model = distiller("RetinaNet", teachers("RetinaNet"), ["PKD"])
+    assert "RetinaNet cannot be reduced to them, as its staged adapter defines no keep_classes" in caplog.text
+    assert model.teacher.staged.num_classes == len(THEIRS) and model.teacher.classes == THEIRS
+    with pytest.raises(UserError, match="the student has 3 classes and the teacher 5"):
+        distiller("RetinaNet", teachers("RetinaNet"), ["CrossKD"])
+    five = {"RETINANET__NUM_CLASSES": len(THEIRS)}
+    with pytest.raises(UserError, match="has the student's classes in another order.*teacher's order: horse, dog, cow"):
+        distiller("RetinaNet", teachers("RetinaNet"), ["PKD"], ours=sorted(THEIRS), **five)

@@ -8,12 +8,13 @@ import pytest
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from d2_distill.data.classes import dataset_classes, with_classes
+from d2_distill.data.classes import check_outputs, dataset_classes, with_classes
 from d2_distill.data.registration import register_datasets
 from d2_distill.detectors.building import num_classes_key
+from d2_distill.detectors.stock import StagedRetinaNet
 from d2_distill.errors import UserError
 
-from ..small_detectors import CASES, detector_cfg, distiller_cfg
+from ..small_detectors import CASES, build, detector_cfg, distiller_cfg
 from .small_sets import CLASSES, write_coco, write_voc
 
 FOUR = ("ant", "bee", "cow", "dog")
@@ -107,3 +108,32 @@ def test_malformed_names(names, sentence):
     cfg.DATASETS.CLASSES = names
     with pytest.raises(UserError, match=f"DATASETS.CLASSES {sentence}"):
         with_classes(cfg)
+
+
+def declare_key(monkeypatch, key: str) -> None:
+    """Let RetinaNet's adapter declare another key of the number of classes."""
+    monkeypatch.setattr(StagedRetinaNet, "num_classes_key", classmethod(lambda cls, model_class, cfg: key))
+
+
+def test_a_key_that_the_config_has_not(monkeypatch, tmp_path):
+    declare_key(monkeypatch, "MODEL.MINE.CLASSES")
+    cfg = on_data(detector_cfg("RetinaNet"), write_coco(tmp_path))
+    with pytest.raises(UserError, match="StagedRetinaNet.num_classes_key is 'MODEL.MINE.CLASSES', which is no key"):
+        with_classes(cfg)
+
+
+def test_a_key_that_the_model_does_not_read(monkeypatch, tmp_path):
+    key = "MODEL.FCOS.NUM_CLASSES"
+    declare_key(monkeypatch, key)
+    cfg = with_classes(on_data(detector_cfg("RetinaNet"), write_coco(tmp_path, classes=FOUR)))
+    expected = rf"RetinaNet predicts 3 classes, .* has 4 \(ant, bee, cow, dog\); let it read {key}"
+    with pytest.raises(UserError, match=expected):
+        check_outputs(cfg, build(cfg))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_detector_predicts_the_classes_of_its_config(case, tmp_path):
+    cfg = detector_cfg(case)
+    check_outputs(cfg, build(cfg))  # whose classes have no names
+    cfg = with_classes(on_data(cfg, write_coco(tmp_path, classes=FOUR)))
+    check_outputs(cfg, build(cfg))

@@ -73,8 +73,8 @@ class Queries(nn.Module):
         outputs = []
         for x, size, probabilities, each in zip(batched_inputs, images.image_sizes, logits.softmax(dim=-1), boxes):
             (cx, cy), (w, h) = each[:, :2].unbind(dim=1), each[:, 2:].unbind(dim=1)
-            corners = torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], dim=1)
-            found = Instances(size, pred_boxes=Boxes(corners * corners.new_tensor([width, height, width, height])))
+            xs, ys = [(cx - w / 2) * width, (cx + w / 2) * width], [(cy - h / 2) * height, (cy + h / 2) * height]
+            found = Instances(size, pred_boxes=Boxes(torch.stack([xs[0], ys[0], xs[1], ys[1]], dim=1)))
             found.scores, found.pred_classes = probabilities[:, :-1].max(dim=1)
             found = detector_postprocess(found, x.get("height", size[0]), x.get("width", size[1]))
             outputs.append({"instances": found})
