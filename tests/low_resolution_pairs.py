@@ -21,7 +21,7 @@ def _common(factor: int) -> dict[str, Any]:
         "FCOS__SIZES_OF_INTEREST": [24, 48, 96],
         "FCOS__DISTANCES": "relu",
         "FCOS__CENTERNESS_ON": "box",
-        **{f"{family}__IN_FEATURES": LEVELS[factor] for family in ("RETINANET", "FCOS", "ATSS", "GFL")},
+        **{f"{family}__IN_FEATURES": LEVELS[factor] for family in ("RETINANET", "FCOS", "ATSS", "GFL", "TOOD")},
     }
 
 

@@ -74,8 +74,8 @@ def slow_decode(coder, outputs: list[float], anchor: list[float], stride: float)
         for side in torch.tensor(outputs, dtype=torch.float64).view(4, -1).softmax(dim=1).tolist():
             sides.append(stride * sum(bin_ * probability for bin_, probability in enumerate(side)))
     elif isinstance(coder, DistanceCoder):
-        exponential = coder.activation == "exp"
-        sides = [math.exp(v) if exponential else stride * max(v, 0.0) for v in outputs]
+        shape = {"exp": math.exp, "relu": lambda v: stride * max(v, 0.0), "none": lambda v: stride * v}
+        sides = [shape[coder.activation](v) for v in outputs]
     elif isinstance(coder, Box2BoxTransformLinear):
         sides = [stride * max(v, 0.0) for v in outputs]
     else:

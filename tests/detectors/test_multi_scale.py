@@ -247,7 +247,8 @@ def test_detections_are_scaled_to_the_asked_size():
 def test_it_declares_what_the_inner_detector_declares(detector):
     staged = stage_detector(teacher(detector))
     inner = stage_detector(staged.model.detector)
-    for name in ("family", "reg_max", "assigns_points", "num_classes", "in_features", "strides", "anchors_per_cell"):
+    flags = ("assigns_points", "assigns_by_outputs")
+    for name in ("family", "reg_max", *flags, "num_classes", "in_features", "strides", "anchors_per_cell"):
         assert getattr(staged, name) == getattr(inner, name), name
     assert staged.traits() == inner.traits() and staged.feature_shapes() == inner.feature_shapes()
     assert staged.innermost is inner.innermost is staged.model.detector
@@ -255,7 +256,7 @@ def test_it_declares_what_the_inner_detector_declares(detector):
     # What an adapter of a dense detector may override it passes on, or rests on attributes that are passed on.
     own = {
         "kind", "family", "is_wrapper", "traits", "num_classes", "in_features", "feature_shapes", "strides",
-        "anchors_per_cell", "keep_classes", "tap_channels", "preprocess", "decode",
+        "anchors_per_cell", "keep_classes", "tap_channels", "branch_of", "preprocess", "decode",
     }
     passed_on = {name for name in vars(StagedMultiScale) if not name.startswith("_")} | set(vars(staged))
     assert {name for name in dir(StagedDense) if not name.startswith("_")} <= own | passed_on

@@ -31,7 +31,7 @@ from ..small_detectors import (
 )
 
 FCOS = "OpenMMLabFCOS"
-PAIRS = [(FCOS, 2), (FCOS, 4), ("RetinaNet", 2), ("RetinaNet", 4), ("GFL", 2), ("GFL", 4)]
+PAIRS = [(FCOS, 2), (FCOS, 4), ("RetinaNet", 2), ("RetinaNet", 4), ("GFL", 2), ("GFL", 4), ("TOOD", 2)]
 
 
 @pytest.fixture(scope="module")
