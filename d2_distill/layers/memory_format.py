@@ -42,7 +42,7 @@ def fails_in_channels_last(module: nn.Module) -> bool:
     """Return whether the gradient of a module's weight is written past its memory on the CPU in ``channels_last``.
 
     oneDNN does so for 1x1 convolutions with a stride and fewer channels than its kernels handle at a time: the
-    process crashes or hangs, or the gradients are wrong (uxlfoundation/oneDNN issue 6035; torch 2.3 to 2.14).
+    process crashes or hangs, or the gradients are wrong (seen with torch 2.3 and 2.14).
     """
     return (
         isinstance(module, nn.Conv2d)
