@@ -9,28 +9,35 @@ from detectron2.structures import Instances
 from torch import nn
 
 from d2_distill.assistants.tracing import TracedAdapter
-from d2_distill.layers.tower import Tap
 from d2_distill.methods import TFHEAD
 from d2_distill.methods.schedules import build_schedule
+from d2_distill.staged import StagedDense, stage_detector
 
+from .. import openmmlab
 from ..cases import Case
 from ..dispatch import assert_close, assert_recorded
 from .head_basics import level_names
 
-# Any place will do: the towers are recorded.
-TAP = Tap(1)
 # Entry of the iterations that gradients are recorded at.
 GRADIENTS_AT = 2
 
 
-def _method(case: Case) -> TFHEAD:
+def _student(channels: int, num_anchors: int, num_levels: int) -> StagedDense:
+    """A detector of so many anchors a cell; its towers do not matter, as their ends are recorded."""
+    strides = [8 * 2**level for level in range(num_levels)]
+    settings = openmmlab.anchor_settings(strides, 4, scales_per_octave=num_anchors, ratios=[1.0])
+    settings.update({"RETINANET.NUM_CLASSES": 1, "RETINANET.NUM_CONVS": 1})
+    return stage_detector(openmmlab.build_given("OpenMMLabRetinaNet", strides, settings, channels=channels))
+
+
+def _method(case: Case, num_levels: int) -> TFHEAD:
     out_dim, channels = case.arrays["conv1x1.weight"].shape[:2]
     data, rcnn_dim = case.data, case.arrays["rcnn_feature"].shape[1]
-    num_anchors = len(case.arrays["decouple.bias"]) // rcnn_dim
-    student = SimpleNamespace(tap_channels=lambda branch, position: channels, anchors_per_cell=num_anchors)
+    student = _student(channels, len(case.arrays["decouple.bias"]) // rcnn_dim, num_levels)
+    end = next(iter(student.towers.values())).end
     method = TFHEAD(
         cross_dense=nn.Conv2d(channels, out_dim, 1),
-        cross_rcnn=TracedAdapter(student, TAP, rcnn_dim, per_anchor=True),
+        cross_rcnn=TracedAdapter(student, end, rcnn_dim, per_anchor=True),
         weights={"loss_cross_dense": data["weights"]["fcos"], "loss_cross_rcnn": data["weights"]["rcnn"]},
         schedule=build_schedule([["Warmup", data["warmup"]], ["EarlyStop", data["early_stop"]]]),
     )
@@ -53,7 +60,9 @@ def check_tf_head(case: Case) -> None:
         for name in ("student", "fcos")
     )
     vectors = case.tensor("rcnn_feature").requires_grad_()
-    method, student = _method(case), SimpleNamespace(taps={"cls": {TAP: ours}})
+    method = _method(case, len(levels))
+    wanted = method.cross_rcnn.taps().items()
+    student = SimpleNamespace(taps={branch: dict.fromkeys(taps, ours) for branch, taps in wanted})
     rois = _rois(case, len(ours[0]))
     assert_recorded(case, "decoupled", method.cross_rcnn(student, rois, vectors)[0])
     iterations = case.arrays["iterations"].tolist()
