@@ -47,6 +47,7 @@ TERMS = {
     "retinanet_R_18_from_fcos_R_50_FPN_1x_ms": _DENSE_HEAD,
     "retinanet_R_18_from_atss_R_50_FPN_1x_ms": _DENSE_HEAD,
     "retinanet_R_18_from_gfl_R_50_FPN_1x_ms": _DENSE_HEAD,
+    "retinanet_R_18_from_tood_R_50_FPN_1x_ms": _DENSE_HEAD,
 }
 for _backbone in ("R_18", "MNV2"):
     _retinanet = f"retinanet_{_backbone}_from_faster_rcnn_R_50_FPN_1x_ms"

@@ -97,6 +97,8 @@ PUBLISHED_CROSSKD = {
     "gfl_R_50_from_atss_R_101_FPN_1x": ((*_ATSS_CROSSKD[:3], 0), 0),
     "gfl_R_50_from_retinanet_R_101_FPN_1x": (_RETINANET_CROSSKD, 0),
     "openmmlab_retinanet_MNV2_from_R_50_FPN_1x": (_RETINANET_CROSSKD, 0),
+    # A detector that was not published with CrossKD.
+    "tood_R_18_from_R_50_FPN_1x": (_RETINANET_CROSSKD, 0),
     # Detectron2's own RetinaNet.
     "retinanet_R_50_from_R_101_FPN_1x": (_RETINANET_CROSSKD, 0),
     "retinanet_R_50_from_R_101_FPN_1x_pkd": (_RETINANET_CROSSKD, 2),
@@ -110,6 +112,7 @@ PUBLISHED_CROSSKD_ROI = {
 PUBLISHED_TEST = {
     "GFL": (0.6, 0.05),
     "ATSS": (0.6, 0.05),
+    "TOOD": (0.6, 0.05),
     "RETINANET": (0.5, 0.05),
     "FCOS": (0.5, 0.05),
 }
@@ -200,7 +203,8 @@ def assert_published_crosskd(name: str, methods) -> None:
         return
     (tap, class_term, box_term, centerness), pkd = PUBLISHED_CROSSKD[name]
     method = methods["CrossKD"]
-    assert {name: crossing.tap.position for name, crossing in method.crossings.items()} == {"cls": tap, "box": tap}
+    taps = {output: crossing.tap for crossing in method.crossings.values() for output in crossing.outputs}
+    assert taps["logits"].position == taps["deltas"].position == tap
     assert (method.weights["loss_crosskd_cls"], method.cls_beta) == class_term
     assert (method.box_loss, method.weights["loss_crosskd_box"]) == box_term
     assert method.weights.get("loss_crosskd_centerness", 0) == centerness
@@ -244,7 +248,7 @@ def test_published_students_of_crosskd(name):
     assert (node.TOPK_CANDIDATES_TEST, cfg.TEST.DETECTIONS_PER_IMAGE) == (1000, 100)
     if family == "GFL":
         assert (node.BOX_LOSS, node.NORMALIZER_FLOOR) == ("giou", 1.0)
-    if re.match(r"openmmlab_retinanet_R|gfl|atss|fcos", name):
+    if re.match(r"openmmlab_retinanet_R|gfl|atss|tood|fcos", name):
         assert cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE == "p5"
     if family == "FCOS":
         solver, clipping = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS

@@ -100,7 +100,8 @@ class CrossKD(DistillMethod):
 
     N is what the student divides its own class loss by (``StagedDense.normalizer``): its number of positives, where
     an image without any counts as one, averaged over the processes unless the student is a RetinaNet; for FCOS the sum
-    of the positives' centerness targets, averaged as well. Anchors that the student's assigner ignores are left out.
+    of the positives' centerness targets, for TOOD that of its soft targets, averaged as well. Anchors that the student's
+    assigner ignores are left out.
 
     The publication has pairs of equal heads only. Chosen here: where the anchors differ, those are left out
     that see only padding by the teacher's rule (``AnchorGrid.valid``). GFLv2's class logits are

@@ -117,7 +117,7 @@ def onnx():
     pytest.importorskip("onnxruntime", reason="ONNX files are run by onnxruntime")
 
 
-@pytest.mark.parametrize("case", ["RetinaNet", "OpenMMLabFCOS", "GFLv2", "GeneralizedRCNN"])
+@pytest.mark.parametrize("case", ["RetinaNet", "OpenMMLabFCOS", "GFLv2", "TOOD", "GeneralizedRCNN"])
 def test_onnx_is_the_detector(case, tmp_path, onnx):
     cfg, model = built(case)
     graph, exported, path = export(cfg, model, tmp_path, ".onnx", raw=False)
