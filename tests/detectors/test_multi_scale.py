@@ -256,7 +256,7 @@ def test_it_declares_what_the_inner_detector_declares(detector):
     # What an adapter of a dense detector may override it passes on, or rests on attributes that are passed on.
     own = {
         "kind", "family", "is_wrapper", "traits", "num_classes", "in_features", "feature_shapes", "strides",
-        "anchors_per_cell", "keep_classes", "tap_channels", "branch_of", "preprocess", "decode",
+        "anchors_per_cell", "score_threshold", "pixel_statistics", "device", "roi_heads", "has_roi_stages", "keep_classes", "tap_channels", "branch_of", "preprocess", "decode",
     }
     passed_on = {name for name in vars(StagedMultiScale) if not name.startswith("_")} | set(vars(staged))
     assert {name for name in dir(StagedDense) if not name.startswith("_")} <= own | passed_on

@@ -59,7 +59,7 @@ INITIAL_SUMS = {
 
 @pytest.fixture(scope="module")
 def model():
-    return build(detector_cfg(CASE), salt=2)
+    return build(detector_cfg(CASE, RESNETS__RES2_OUT_CHANNELS=8), salt=2)  # the width of the recorded numbers
 
 
 def train(model, inputs):

@@ -67,7 +67,7 @@ def test_files_are_read_once_and_may_change_then(run, data, processes, tmp_path)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_evaluation_reads_training_data_for_the_names_of_classes_only(run, processes, teacher, tmp_path):
     datasets, files = coco_data(tmp_path / "data")
-    arguments = ("--eval-only", "MODEL.WEIGHTS", teacher.weights, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16)
+    arguments = ("--eval-only", "MODEL.WEIGHTS", teacher.weights, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32)
     outcome, reads = run(merged(TINY, {"DATASETS": datasets}), *arguments, processes=processes, spoil=files)
     outcome.succeeded()
     assert reads == {0: Counter(files)} and average_precision(outcome)[0] > 5

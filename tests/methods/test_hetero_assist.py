@@ -320,7 +320,7 @@ def test_one_stage_pairs_are_compared_level_by_level(make):
     "case, teacher_case, overrides, message",
     [
         (RCNN, "ATSS", {}, "student GeneralizedRCNN with the teacher ATSS: a two-stage student needs a two-stage"),
-        (CASCADE, CASCADE, {}, "student's RoI heads CascadeROIHeads: .* StandardROIHeads .*MODEL.ROI_HEADS.NAME"),
+        (CASCADE, CASCADE, {}, "RoI heads of the student GeneralizedRCNN CascadeROIHeads: .* StandardROIHeads .*MODEL.ROI_HEADS.NAME"),
         ("RetinaNet", None, {}, "HEAD with AKD_WEIGHT, .* needs a teacher; set MODEL.DISTILL.TEACHER.CONFIG_FILE"),
         ("RetinaNet", None, ASSIST_ONLY, "ASSISTANT_INIT 'teacher' needs a teacher"),
         (

@@ -271,7 +271,7 @@ def test_recorded_retinanet_head(tmp_path, capsys, resnet18_state):
             taps = [case.tensor(f"mid.{role}_{part}_tap.{level}") for role in ("student", "teacher")]
             feature = getattr(model.head, tower)[6:](align_statistics(*taps).relu())
             expected = to_size_outer(case.tensor(f"mid.crossed_{part}.{level}"), 3, 3, dim=1)
-            torch.testing.assert_close(model.head.predict(output, feature, level), expected)
+            torch.testing.assert_close(model.head.predict(output, [feature], level), expected)
 
 
 class _Stages(Backbone):
