@@ -15,10 +15,13 @@ from torch import nn
 
 from .detectors.building import build_detector
 from .errors import UserError
-from .methods import DistillMethod, build_methods
-from .methods.gradient_ratio import WeightedTerm, report_ratios, scalar_name
+from .methods import DistillMethod
+from .methods.automatic import balance_period, build_chosen_methods
+from .methods.balance import GradientBalance
+from .methods.gradient_ratio import measure_ratios, report_ratios, scalar_name
 from .methods.pairing import require_teacher
-from .methods.terms import check_value, require_complete, require_declared, require_own_names
+from .methods.trust import losses_on_labels, outputs_alike
+from .methods.terms import check_value, require_complete, require_declared, require_gradients, require_own_names
 from .staged import Run, StagedDetector, Taps, stage_detector
 from .teacher import Teacher
 
@@ -50,6 +53,7 @@ class Distiller(nn.Module):
         build_teaching: builds teacher and methods for the student when training starts, in place of those given.
         inherited: what the student starts with from the teacher, see :func:`inherit`.
         gradient_ratio_period: iterations between two reports of :mod:`~d2_distill.methods.gradient_ratio`; 0 for none.
+        balance_period: iterations between two updates of :mod:`~d2_distill.methods.balance`; 0 keeps the weights.
     """
 
     @configurable
@@ -63,6 +67,7 @@ class Distiller(nn.Module):
         build_teaching: Callable[[StagedDetector], tuple[Teacher | None, nn.ModuleDict]] | None = None,
         inherited: Sequence[str] = (),
         gradient_ratio_period: int = 0,
+        balance_period: int = 0,
     ) -> None:
         super().__init__()
         self.student = student
@@ -71,6 +76,7 @@ class Distiller(nn.Module):
         self._logged_ends: set[str] = set()
         self.inherited = inherited
         self.gradient_ratio_period = gradient_ratio_period
+        self.balance_period = balance_period
         self._unchecked_steps = CHECKED_STEPS
         self._build_teaching = build_teaching
         self._take(teacher, nn.ModuleDict() if methods is None else methods)
@@ -85,6 +91,7 @@ class Distiller(nn.Module):
             "input_format": cfg.INPUT.FORMAT,
             "inherited": tuple(cfg.MODEL.DISTILL.INHERIT),
             "gradient_ratio_period": cfg.MODEL.DISTILL.GRADIENT_RATIO_PERIOD,
+            "balance_period": balance_period(cfg),
         }
 
     def prepare_training(self) -> Distiller:
@@ -128,6 +135,13 @@ class Distiller(nn.Module):
 
     def _take(self, teacher: Teacher | None, methods: nn.ModuleDict) -> None:
         self.teacher = teacher
+        self.balance = None
+        if self.balance_period and methods:
+            targets = {term: method.ratio(term) for method in methods.values() for term in method.weights}
+            self.balance = GradientBalance(targets, self.balance_period)
+        self._compares_labels = self.balance is not None and teacher is not None and outputs_alike(
+            self.staged, teacher.staged
+        )
         self.methods = methods.to(self.device).train(self.training)
         self._normalises_alike = teacher is not None and teacher.normalises_like(self.staged, self.input_format)
 
@@ -202,28 +216,53 @@ class Distiller(nn.Module):
     def _distill(
         self, student: Run, teacher: Run | None, running: Mapping[str, DistillMethod]
     ) -> dict[str, torch.Tensor]:
-        storage = get_event_storage()
-        features = list(student.features.values())
-        period = self.gradient_ratio_period
-        is_due = period > 0 and (storage.iter + 1) % period == 0
-        losses: dict[str, torch.Tensor] = {}
-        measured: list[WeightedTerm] = []
+        iteration = get_event_storage().iter
+        values: dict[str, torch.Tensor] = {}
         for name, method in self.methods.items():
             require_own_names(name, method.weights, student.losses)
             if name in running:
-                terms = self._terms(name, method, student, teacher)
+                values.update(self._terms(name, method, student, teacher))
             else:
-                terms = {term: torch.zeros((), device=self.device) for term in method.weights}
-            for term, value in terms.items():
-                weight = method.weight_at(term, storage.iter)
-                losses[term] = value * weight
-                if method.is_scheduled(term):
-                    storage.put_scalar(scalar_name(WEIGHT_SCALARS, term), weight, smoothing_hint=False)
-                if is_due and name in running:
-                    measured.append(method.weighted_term(term, value, storage.iter))
-        if measured:
-            report_ratios(list(student.losses.values()), measured, features)
+                values.update({term: torch.zeros((), device=self.device) for term in method.weights})
+        self._measure(student, teacher, running, values)
+        losses: dict[str, torch.Tensor] = {}
+        for method in self.methods.values():
+            for term in method.weights:
+                weight = method.weight_at(term, iteration)
+                if self.balance is not None:
+                    weight *= self.balance.factor(term)
+                losses[term] = values[term] * weight
+                if self.balance is not None or method.is_scheduled(term):
+                    get_event_storage().put_scalar(scalar_name(WEIGHT_SCALARS, term), weight, smoothing_hint=False)
         return losses
+
+    def _measure(
+        self, student: Run, teacher: Run | None, running: Mapping[str, DistillMethod], values: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Where one of them is due, report gradient ratios and balance the weights by them."""
+        iteration, period, balance = get_event_storage().iter, self.gradient_ratio_period, self.balance
+        reports = period > 0 and (iteration + 1) % period == 0
+        balances = balance is not None and balance.is_due(iteration)
+        if not running or not (reports or balances):
+            return
+        terms = [
+            method.weighted_term(term, values[term], iteration, is_balanced=balance is not None)
+            for method in running.values()
+            for term in method.weights
+        ]
+        features = list(student.features.values())
+        if balances:
+            require_gradients(features)
+        ratios = measure_ratios(list(student.losses.values()), terms, features)
+        if balances:
+            balance.update(ratios)
+            if self._compares_labels and reads_teacher(running.values()):
+                balance.compare(**losses_on_labels(student, teacher))
+        if balance is not None:
+            ratios = {term: ratio * balance.factor(term) for term, ratio in ratios.items()}
+            get_event_storage().put_scalar("distill_say", balance.say, smoothing_hint=False)
+        if reports:
+            report_ratios(ratios, terms)
 
     def _terms(self, name: str, method: DistillMethod, student: Run, teacher: Run | None) -> dict[str, torch.Tensor]:
         """Return the terms of a method that have a weight."""
@@ -254,7 +293,7 @@ def wanted_taps(methods: Iterable[DistillMethod]) -> Taps:
 def _teaching_of(cfg: CfgNode, student: StagedDetector) -> tuple[Teacher | None, nn.ModuleDict]:
     """Build what a config teaches the student with."""
     teacher = Teacher.from_config(cfg)
-    return teacher, build_methods(cfg, student, teacher)
+    return teacher, build_chosen_methods(cfg, student, teacher)
 
 
 def inherit(student: nn.Module, teacher: nn.Module, entries: Sequence[str]) -> None:

@@ -76,8 +76,15 @@ def _add_distiller_config(cfg: CN) -> None:
     distill = cfg.MODEL.DISTILL = CN()
     # Meta-architecture of the student, e.g. "RetinaNet".
     distill.STUDENT = "RetinaNet"
-    # Names of methods; their loss terms add up. train_net.py --list prints all of them.
+    # Names of methods; their loss terms add up. train_net.py --list prints all of them. ("auto",) takes those that did
+    # best for such a pair, see docs/choosing.md; the log tells which.
     distill.METHODS = ()
+    # Weights of the methods' terms: "published", as configured; "auto", such that each term keeps its ratio of gradient
+    # norms at the student's features to the detection loss, see methods/balance.py; "" is "auto" for METHODS ("auto",),
+    # else "published".
+    distill.BALANCE = ""
+    # "auto": measure the gradients every N iterations, and more often in the first N.
+    distill.BALANCE_PERIOD = 25
     # Dotted names of modules that are copied from the teacher into the student before training (HEAD's "weight
     # transfer"), e.g. ("head",), or "student name=teacher name". Shapes must agree; the copies stay trainable.
     distill.INHERIT = ()

@@ -121,6 +121,8 @@ def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables: Any) 
     if isinstance(model, Distiller):
         if any(True for _ in model.methods.parameters()):
             checkpointables["distill"] = model.methods
+        if model.balance is not None:
+            checkpointables["balance"] = model.balance
         model = model.student
     return TrainingCheckpointer(model, save_dir, **checkpointables)
 

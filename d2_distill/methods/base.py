@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from torch import nn
 
+from ..config.run_length import count_iterations
 from ..errors import PairError, UserError
 from ..staged import Run, StagedDetector, Taps
 from ..teacher import Teacher
@@ -35,6 +36,7 @@ class DistillMethod(nn.Module):
         KEY: config node of the method, such as "MODEL.DISTILL.PKD".
         WEIGHT_KEYS: term -> key of its weight, below ``KEY``.
         SCHEDULE_KEYS: term -> key of its schedule, below ``KEY``; "SCHEDULE" for all terms that are left out.
+        RATIOS: term -> gradient ratio that ``MODEL.DISTILL.BALANCE "auto"`` keeps; 1 for terms that are left out.
         reads_teacher: whether ``forward`` reads the teacher's run. If not, the run may be None, and so may the teacher.
         declared: all terms that ``forward`` may return.
         weights: those of them whose weight is not 0, and their weights.
@@ -48,6 +50,7 @@ class DistillMethod(nn.Module):
     KEY: str = ""
     WEIGHT_KEYS: Mapping[str, str] = {}
     SCHEDULE_KEYS: Mapping[str, str] = {}
+    RATIOS: Mapping[str, float] = {}
     reads_teacher = True
 
     def __init__(self, *, weights: dict[str, float], schedule: Schedule | Mapping[str, Schedule]) -> None:
@@ -79,7 +82,11 @@ class DistillMethod(nn.Module):
     @classmethod
     def _schedule(cls, cfg: CfgNode, term: str) -> Schedule:
         key = f"{cls.KEY}.{cls.SCHEDULE_KEYS.get(term, 'SCHEDULE')}"
-        return build_schedule(_value(cfg, key), key)
+        return build_schedule(_value(cfg, key), key, run_length=count_iterations(cfg))
+
+    def describe(self) -> str:
+        """Return, for the log, what the method compares in this pair."""
+        return ", ".join(self.weights)
 
     def taps(self) -> Taps:
         """Return the places in the towers that the method reads from the ``taps`` of both runs, by branch."""
@@ -105,10 +112,16 @@ class DistillMethod(nn.Module):
         """Return whether the weight of a term depends on the iteration."""
         return not is_constant(self.schedules[term])
 
-    def weighted_term(self, term: str, value: torch.Tensor, iteration: int) -> WeightedTerm:
-        """Return a term of ``forward`` as :func:`~d2_distill.methods.gradient_ratio.report_ratios` expects it."""
+    def ratio(self, term: str) -> float:
+        """Return the gradient ratio of a term that ``MODEL.DISTILL.BALANCE "auto"`` keeps."""
+        return self.RATIOS.get(term, 1.0)
+
+    def weighted_term(
+        self, term: str, value: torch.Tensor, iteration: int, is_balanced: bool = False
+    ) -> WeightedTerm:
+        """Return a term of ``forward`` as :func:`~d2_distill.methods.gradient_ratio.measure_ratios` expects it."""
         key = f"{self.KEY}.{self.WEIGHT_KEYS[term]}" if term in self.WEIGHT_KEYS else ""
-        return WeightedTerm(term, value * self.weights[term], self.schedules[term](iteration), key)
+        return WeightedTerm(term, value * self.weights[term], self.schedules[term](iteration), key, is_balanced)
 
 
 def _value(cfg: CfgNode, key: str) -> Any:

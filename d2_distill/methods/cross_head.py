@@ -55,10 +55,11 @@ class Crossing:
 def add_config(cfg: CfgNode) -> None:
     # docs/crosskd.md has the published weights for each detector.
     node = cfg.MODEL.DISTILL.CROSSKD = CfgNode()
-    # Number of tower blocks before the tap of the class tower, from 0 (the FPN map) to the tower's length.
-    node.CLS_TAP = 3
+    # Number of tower blocks before the tap of the class tower, from 0 (the FPN map) to the tower's length; -1 for all
+    # but one of the shorter of both towers (as published: 3 of 4).
+    node.CLS_TAP = -1
     # The same for the box tower.
-    node.BOX_TAP = 3
+    node.BOX_TAP = -1
     # Whether the tap is after the activation of the last of these blocks, "post" (as published), or before it, "pre".
     node.TAP_ACTIVATION = "post"
     # Weight of the class term, loss_crosskd_cls.
@@ -178,6 +179,14 @@ class CrossKD(DistillMethod):
             "shares_anchors": same_anchors(student, teacher.staged),
             "adapters": {name: pair for name, pair in channels.items() if pair[0] != pair[1]},
         }
+
+    def describe(self) -> str:
+        places = [
+            f"{name} tower after block {crossing.tap.position}"
+            + (f", adapted to {self.adapters[name].out_channels} channels" if name in self.adapters else "")
+            for name, crossing in self.crossings.items()
+        ]
+        return f"{'; '.join(places)}; boxes by {self.box_loss}"
 
     def taps(self):
         wanted: dict[str, frozenset[Tap]] = {}
@@ -332,10 +341,12 @@ def _crossings(
 
 def _tap(node, name: str, student: Tower, teacher: Tower) -> Tap:
     position, blocks = node[TAP_KEYS[name]], [len(student), len(teacher)]
+    if position == -1:
+        position = max(min(blocks) - 1, 0)
     if not 0 <= position <= min(blocks):
         raise UserError(
             f"{KEY}.{TAP_KEYS[name]} is {position}; the student's towers have {blocks[0]} blocks and the "
-            f"teacher's {blocks[1]} (NUM_CONVS), so it must lie between 0 and {min(blocks)}."
+            f"teacher's {blocks[1]} (NUM_CONVS), so it must lie between 0 and {min(blocks)}, or be -1."
         )
     return Tap(position, activated=node.TAP_ACTIVATION == "post" or position == 0)
 

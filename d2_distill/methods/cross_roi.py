@@ -26,6 +26,9 @@ def add_config(cfg: CfgNode) -> None:
     node.TEMPERATURE = 3.0
     # Weight of the L1 distance between box deltas, loss_crosskd_roi_box.
     node.BOX_WEIGHT = 1.0
+    # The box term is a mean over the classes; its weight belongs to the 80 of COCO. Divide by this many classes, however
+    # many there are; 0 is the mean.
+    node.REFERENCE_CLASSES = 80
     # Factors on both weights by iteration; see schedules.py.
     node.SCHEDULE = []
 
@@ -47,14 +50,18 @@ class CrossKDRoI(DistillMethod):
     Args:
         levels: feature that the teacher's RoI head reads -> the student's of the same stride.
         temperature: of both class distributions.
+        reference_classes: classes that the mean over the classes is scaled to; 0 leaves it as it is.
     """
 
     KEY = "MODEL.DISTILL.CROSSKD_ROI"
     WEIGHT_KEYS = {"loss_crosskd_roi_cls": "CLS_WEIGHT", "loss_crosskd_roi_box": "BOX_WEIGHT"}
 
-    def __init__(self, *, levels: dict[str, str], temperature: float, **kwargs) -> None:
+    def __init__(
+        self, *, levels: dict[str, str], temperature: float, reference_classes: int = 0, **kwargs
+    ) -> None:
         super().__init__(**kwargs)
         self.levels = levels
+        self.reference_classes = reference_classes
         self.temperature = temperature
 
     @classmethod
@@ -65,7 +72,12 @@ class CrossKDRoI(DistillMethod):
         require_same_classes(student, teacher, "CrossKDRoI")
         if temperature <= 0:
             raise UserError(f"{cls.KEY}.TEMPERATURE is {temperature}; it must be above 0.")
-        return {**arguments, "levels": _match_levels(student, teacher.staged), "temperature": temperature}
+        return {
+            **arguments,
+            "levels": _match_levels(student, teacher.staged),
+            "temperature": temperature,
+            "reference_classes": cfg.MODEL.DISTILL.CROSSKD_ROI.REFERENCE_CLASSES,
+        }
 
     def forward(self, student: RCNNRun, teacher: RCNNRun) -> dict[str, torch.Tensor]:
         boxes = [proposals.proposal_boxes for proposals in student.sampled_proposals]
@@ -79,7 +91,8 @@ class CrossKDRoI(DistillMethod):
             losses["loss_crosskd_roi_cls"] = kd_kl_div_loss(outputs.logits, targets.logits, self.temperature)
         if "loss_crosskd_roi_box" in self.weights:
             distances = F.l1_loss(outputs.deltas, targets.deltas, reduction="none").unflatten(1, (-1, 4))
-            losses["loss_crosskd_roi_box"] = distances.sum(dim=2).mean(dim=1)
+            distances = distances.sum(dim=2)
+            losses["loss_crosskd_roi_box"] = distances.sum(dim=1) / (self.reference_classes or distances.shape[1])
         # An empty sum is 0; its mean would not be a number.
         return {term: weighted_mean(loss, None, max(len(loss), 1)) for term, loss in losses.items()}
 

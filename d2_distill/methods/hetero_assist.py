@@ -47,9 +47,9 @@ def add_config(cfg: CfgNode) -> None:
     # Factors on ASSIST_WEIGHT by iteration; see schedules.py.
     node.ASSIST_SCHEDULE = []
     # Factors on AKD_WEIGHT.
-    node.AKD_SCHEDULE = [["Warmup", 2000]]
+    node.AKD_SCHEDULE = [["Warmup", 0.02]]
     # Factors on CKD_WEIGHT.
-    node.CKD_SCHEDULE = [["Warmup", 2000]]
+    node.CKD_SCHEDULE = [["Warmup", 0.02]]
 
 
 @DISTILL_METHOD_REGISTRY.register()

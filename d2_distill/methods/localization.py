@@ -73,6 +73,10 @@ def add_config(cfg: CfgNode) -> None:
     # LD terms are sums over the batch; the published weights belong to 3 images per GPU. Scale the sums to this many
     # images, whatever the batch; 0 does not scale them (the published code, whose weights then depend on the batch).
     node.REFERENCE_IMAGES = 3
+    # KD terms are means over the classes; the published weights belong to the 80 of COCO, 20 in the VOC configs. Divide
+    # by this many classes, however many there are; 0 is the mean (the published code, whose weights then depend on the
+    # number of classes).
+    node.REFERENCE_CLASSES = 80
     # Softmax over the bins of each "edge", or over all box outputs of an "anchor" (the published RetinaNet).
     node.SOFTMAX = "edge"
     node.VLR = CfgNode()
@@ -105,11 +109,13 @@ class LD(DistillMethod):
     - ``loss_kd``, ``loss_kd_vlr``: the class logits of the positives and of the region, averaged over the
       anchors of a level and summed over the levels.
 
-    The LD terms are sums over the batch; ``reference_images`` frees them of its size.
+    The LD terms are sums over the batch; ``reference_images`` frees them of its size, and ``reference_classes`` the KD
+    terms of the number of classes.
 
     Args:
         temperatures: term name -> T.
         reference_images: images that the sums are scaled to; 0 leaves them as they are.
+        reference_classes: classes that the means over classes are scaled to; 0 leaves them as they are.
         joint_softmax: one distribution over all box outputs of an anchor, instead of one a side.
         valuable: how the valuable localisation region is found.
     """
@@ -122,6 +128,7 @@ class LD(DistillMethod):
         *,
         temperatures: dict[str, float],
         reference_images: int,
+        reference_classes: int,
         joint_softmax: bool,
         valuable: ValuableRegion,
         **kwargs,
@@ -129,6 +136,7 @@ class LD(DistillMethod):
         super().__init__(**kwargs)
         self.temperatures = temperatures
         self.reference_images = reference_images
+        self.reference_classes = reference_classes
         self.joint_softmax = joint_softmax
         self.valuable = valuable
 
@@ -160,6 +168,7 @@ class LD(DistillMethod):
         return {
             "temperatures": {term: node[name].TEMPERATURE for term, name in NODES.items()},
             "reference_images": node.REFERENCE_IMAGES,
+            "reference_classes": node.REFERENCE_CLASSES,
             "joint_softmax": node.SOFTMAX == "anchor",
             "valuable": ValuableRegion(
                 inside_box=student.assigns_points if region == "auto" else region == "inside_box",
@@ -213,7 +222,8 @@ class LD(DistillMethod):
         levels = range(len(student.grid.strides))
         in_level = student.grid.per_anchor(levels)[rows[1]] == torch.arange(len(levels), device=divergence.device)[:, None]
         counts = in_level.sum(dim=1).clamp(min=1)
-        return ((divergence * in_level).sum(dim=1) / counts).sum()
+        scale = scores / self.reference_classes if self.reference_classes else 1.0
+        return ((divergence * in_level).sum(dim=1) / counts).sum() * scale
 
 
 def _check_pair(student, teacher, on_boxes: bool) -> None:

@@ -23,7 +23,7 @@ def add_config(cfg: CfgNode) -> None:
     # The student's features that imitate the teacher's; () for all whose stride the teacher has too.
     node.IN_FEATURES = ()
     # Factors on the weight by iteration; see schedules.py.
-    node.SCHEDULE = [["Warmup", 500]]
+    node.SCHEDULE = [["Warmup", 0.005]]
 
 
 @DISTILL_METHOD_REGISTRY.register()

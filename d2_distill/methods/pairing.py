@@ -62,6 +62,14 @@ def pair_features(
     ]
 
 
+def describe_pairs(pairs: Sequence[FeaturePair]) -> str:
+    """Return in a few words which maps face each other, and where channels are adapted."""
+    names = [p.student if p.student == p.teacher else f"{p.student} with the teacher's {p.teacher}" for p in pairs]
+    adapted = {f"{p.student_channels} to {p.teacher_channels}" for p in pairs if p.student_channels != p.teacher_channels}
+    suffix = f"; 1x1 convolutions adapt the channels, {', '.join(sorted(adapted))}" if adapted else ""
+    return f"maps {', '.join(names)}{suffix}"
+
+
 def require_same_channels(pairs: Sequence[FeaturePair], method: str, *, adapter: str = "") -> None:
     """Check that maps can be compared channel by channel.
 

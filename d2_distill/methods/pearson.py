@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from torch import nn
 
 from ..config.keys import extend_config
 from ..losses import pearson_loss
 from .base import DISTILL_METHOD_REGISTRY, DistillMethod
-from .pairing import FeaturePair, pair_features, require_same_channels
+from .pairing import FeaturePair, describe_pairs, pair_features
 
 
 @extend_config
@@ -30,7 +31,7 @@ class PKD(DistillMethod):
 
     ``loss_pkd`` is the sum over levels of :func:`~d2_distill.losses.pearson_loss`. It ignores each channel's
     scale and shift, so heterogeneous detectors can be paired. Where sizes differ, the student's map is
-    resized.
+    resized. Where channels differ, which the publication leaves out, a trained 1x1 convolution adapts the student's.
     """
 
     KEY = "MODEL.DISTILL.PKD"
@@ -39,18 +40,28 @@ class PKD(DistillMethod):
     def __init__(self, *, pairs: list[FeaturePair], **kwargs) -> None:
         super().__init__(**kwargs)
         self.pairs = pairs
+        # Without bias, which the correlation would remove.
+        self.adapters = nn.ModuleDict({
+            pair.student: nn.Conv2d(pair.student_channels, pair.teacher_channels, 1, bias=False)
+            for pair in pairs
+            if pair.student_channels != pair.teacher_channels
+        })
 
     @classmethod
     def from_config(cls, cfg, student, teacher) -> dict[str, Any]:
         arguments = super().from_config(cfg, student, teacher)
         in_features = cfg.MODEL.DISTILL.PKD.IN_FEATURES
         pairs = pair_features(student, teacher.staged, in_features, f"{cls.KEY}.IN_FEATURES")
-        require_same_channels(pairs, "PKD")
         return {**arguments, "pairs": pairs}
 
+    def describe(self) -> str:
+        return describe_pairs(self.pairs)
+
     def forward(self, student, teacher) -> dict[str, torch.Tensor]:
-        losses = [
-            pearson_loss(student.features[pair.student], teacher.features[pair.teacher], resize="student")
-            for pair in self.pairs
-        ]
+        losses = []
+        for pair in self.pairs:
+            ours = student.features[pair.student]
+            if pair.student in self.adapters:
+                ours = self.adapters[pair.student](ours)
+            losses.append(pearson_loss(ours, teacher.features[pair.teacher], resize="student"))
         return {"loss_pkd": torch.stack(losses).sum()}

@@ -2,8 +2,9 @@
 
 A schedule is a config list of factors, each ``[name, number, ...]``; their product multiplies a term's
 weight. ``[["Warmup", 2000], ["EarlyStop", 58640]]`` rises from 0 to 1 in 2000 iterations and is 0 after
-iteration 58640. Iterations are the trainer's, counted from 0, and nothing else counts, so a resumed run continues
-exactly.
+iteration 58640. An integer counts iterations; a decimal up to 1 is a part of the run, so ``["Warmup", 0.02]`` lasts 2 %
+of it, whatever its length. Iterations are the trainer's, counted from 0, and nothing else counts, so a resumed run
+continues exactly.
 """
 
 from __future__ import annotations
@@ -87,19 +88,22 @@ class _Product:
         return math.prod(factor(iteration) for factor in self.factors)
 
 
-def build_schedule(spec: Sequence[Sequence[Any]], key: str = "schedule") -> Schedule:
+def build_schedule(
+    spec: Sequence[Sequence[Any]], key: str = "schedule", *, run_length: int | None = None
+) -> Schedule:
     """Return the factor by which a term's weight is multiplied at an iteration; always 1 for an empty ``spec``.
 
     Args:
         spec: factors as in the module's docstring.
         key: config key that ``spec`` was read from, for error messages.
+        run_length: iterations of the run, of which decimals are parts.
 
     Raises:
         UserError: an entry is not a known name followed by that factor's numbers.
     """
     if isinstance(spec, str) or not isinstance(spec, Sequence):
         raise UserError(f"{key} is {spec!r}; it must be a list of factors such as [['Warmup', 2000]].")
-    return _Product(tuple(_factor(entry, f"{key}[{index}]") for index, entry in enumerate(spec)))
+    return _Product(tuple(_factor(entry, f"{key}[{index}]", run_length) for index, entry in enumerate(spec)))
 
 
 def is_constant(schedule: Schedule) -> bool:
@@ -112,7 +116,7 @@ def is_over(schedule: Schedule, iteration: int) -> bool:
     return isinstance(schedule, _Product) and any(factor.is_over(iteration) for factor in schedule.factors)
 
 
-def _factor(entry: Any, where: str) -> _Factor:
+def _factor(entry: Any, where: str, run_length: int | None) -> _Factor:
     if isinstance(entry, str) or not isinstance(entry, Sequence) or not entry:
         raise UserError(f"{where} is {entry!r}; it must be a factor such as ['Warmup', 2000].")
     name, values = entry[0], tuple(entry[1:])
@@ -122,7 +126,24 @@ def _factor(entry: Any, where: str) -> _Factor:
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
     if len(values) != len(parameters) or not numbers:
         raise UserError(f"{where} is {entry!r}; {name} takes the numbers {', '.join(parameters)}.")
-    factor = _Factor(name, dict(zip(parameters, values)))
+    given = dict(zip(parameters, values))
+    factor = _Factor(name, {
+        parameter: _iteration(number, entry, where, run_length) if parameter in _ITERATIONS else number
+        for parameter, number in given.items()
+    })
     if factor.iterations != sorted(factor.iterations) or min(factor.iterations, default=0) < 0:
         raise UserError(f"{where} is {entry!r}; its iterations must be 0 or more and in ascending order.")
     return factor
+
+
+def _iteration(number: float, entry: Any, where: str, run_length: int | None) -> float:
+    if isinstance(number, int) or number == 0:
+        return number
+    if not 0 < number <= 1:
+        raise UserError(
+            f"{where} is {entry!r}; write iterations as whole numbers without a decimal point, or parts of the run as "
+            "decimals from 0 to 1.0."
+        )
+    if run_length is None:
+        raise UserError(f"{where} is {entry!r}, a part of a run whose length is not known; write whole iterations.")
+    return number * run_length

@@ -43,9 +43,9 @@ def add_config(cfg: CfgNode) -> None:
     # Imitate the R-CNN assistant through one linear layer for each anchor of a cell instead of one for all.
     node.PER_ANCHOR = True
     # Factors on the weights of the assistants' own losses by iteration; see schedules.py.
-    node.ASSIST_SCHEDULE = [["Warmup", 2000]]
+    node.ASSIST_SCHEDULE = [["Warmup", 0.02]]
     # Factors on the weights of both imitations; they stop at the first drop of the published learning rate.
-    node.CROSS_SCHEDULE = [["Warmup", 2000], ["EarlyStop", 58640]]
+    node.CROSS_SCHEDULE = [["Warmup", 0.02], ["EarlyStop", 0.65]]
 
 
 @DISTILL_METHOD_REGISTRY.register()

@@ -90,3 +90,16 @@ def check_value(method: str, term: str, value: torch.Tensor, features: Sequence[
             f"{KEY}: the gradient of {method}'s {term} does not reach the student's features, so it teaches nothing; "
             "leave the method out or fix it."
         )
+
+
+def require_gradients(features: Sequence[torch.Tensor]) -> None:
+    """Check that the student's feature maps have gradients by which weights can be balanced.
+
+    Raises:
+        UserError: none of them has.
+    """
+    if not any(feature.requires_grad for feature in features):
+        raise UserError(
+            'MODEL.DISTILL.BALANCE is "auto", but nothing below the student\'s feature maps is trained, so there are no '
+            'gradients to balance; lower MODEL.BACKBONE.FREEZE_AT, or set BALANCE to "published".'
+        )

@@ -53,6 +53,7 @@ def ld_settings(case: Case, runs: RecordedRuns) -> dict[str, Any]:
         region_weight, temperature = params["vlr_multiplier"] * weight, main["T"]
     return {
         "REFERENCE_IMAGES": 0,
+        "REFERENCE_CLASSES": 0,
         "MAIN_LD.WEIGHT": weight,
         "MAIN_LD.TEMPERATURE": float(main["T"]),
         "VLR_LD.WEIGHT": region_weight,
