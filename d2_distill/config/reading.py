@@ -32,9 +32,12 @@ def read_config(config_file: str, opts: Sequence, *, source: str) -> CN:
         imports = _imports(config_file, opts)
     add_user_config(cfg, imports)
     with _in_one_sentence(source):
+        cfg.MODEL.DISTILL.METHODS = None  # so that a single name may stand without brackets: METHODS: auto
         if config_file:
             cfg.merge_from_file(config_file)
         cfg.merge_from_list(list(opts))
+    methods = cfg.MODEL.DISTILL.METHODS
+    cfg.MODEL.DISTILL.METHODS = (methods,) if isinstance(methods, str) else tuple(methods or ())
     return cfg
 
 

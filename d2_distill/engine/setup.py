@@ -18,6 +18,7 @@ from torch import nn
 
 from ..checkpoint.exact import require_file
 from ..config.model_zoo import find_config
+from ..config.named_teacher import name_teacher, resolve_run_folder
 from ..config.reading import read_config
 from ..data.checks import check_datasets
 from ..data.classes import check_outputs, dataset_classes, with_classes
@@ -78,8 +79,8 @@ def _with_checked_data(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: a config or a data set cannot be used.
     """
-    data = {option: getattr(args, option, ()) for option in ("train_data", "test_data")}
-    cfg = load_config(args.config_file, args.opts, **data)
+    named = {option: getattr(args, option, ()) for option in ("train_data", "test_data", "teacher")}
+    cfg = load_config(args.config_file, args.opts, **named)
     used = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     register_datasets(cfg, names=(None, *used))  # None: a row whose name is malformed
     voc_convention(cfg.TEST.VOC_CONVENTION)
@@ -97,6 +98,7 @@ def load_config(
     *,
     train_data: Sequence[Sequence[str]] = (),
     test_data: Sequence[Sequence[str]] = (),
+    teacher: Sequence[str] = (),
 ) -> CfgNode:
     """The defaults, overridden by a config file or one of Detectron2's model zoo, overridden by a flat list of keys and
     values; frozen.
@@ -105,6 +107,7 @@ def load_config(
 
     Args:
         train_data, test_data: data sets in the place of those that the config names, see :func:`.data.own_sets.name_data`.
+        teacher: the teacher, see :func:`.config.named_teacher.name_teacher`.
 
     Raises:
         UserError: the file is missing, or a key or the type of a value is wrong, or there is no such data.
@@ -117,6 +120,8 @@ def load_config(
         logger.warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU.", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     name_data(cfg, train_data, test_data)
+    name_teacher(cfg, teacher)
+    resolve_run_folder(cfg)
     cfg.freeze()
     return with_classes(cfg)
 

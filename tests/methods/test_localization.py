@@ -15,7 +15,7 @@ from d2_distill.regions import inside_boxes, valuable_region
 from d2_distill.staged import stage_detector
 from d2_distill.teacher import Teacher
 
-from ..small_detectors import batch, build, detector_cfg, distiller_cfg, image_input
+from ..small_detectors import NUM_CLASSES, batch, build, detector_cfg, distiller_cfg, image_input
 
 STUDENTS = [
     "GFL",
@@ -84,12 +84,25 @@ def slow_terms(ours, theirs, joint: bool = False) -> dict[str, torch.Tensor]:
 def test_terms_are_sums_over_anchors(case):
     joint = "RetinaNet" in case
     method, ours, theirs = method_and_runs(
-        case, DISTILL__LD__REFERENCE_IMAGES=0, DISTILL__LD__SOFTMAX="anchor" if joint else "edge"
+        case, DISTILL__LD__REFERENCE_IMAGES=0, DISTILL__LD__REFERENCE_CLASSES=0,
+        DISTILL__LD__SOFTMAX="anchor" if joint else "edge",
     )
     terms, expected = method(ours, theirs), slow_terms(ours, theirs, joint)
     assert set(terms) == set(expected) and all(value > 0 for value in expected.values())
     for name, value in expected.items():
         torch.testing.assert_close(terms[name].double(), value, rtol=1e-4, atol=1e-7)
+
+
+def test_the_class_terms_do_not_depend_on_the_number_of_classes():
+    """A mean over 3 classes times 3 / 80 is the sum over them in the scale of a mean over 80."""
+    found = {}
+    for reference in (80, 20, 0):
+        method, *runs = method_and_runs("GFL", DISTILL__LD__REFERENCE_CLASSES=reference)
+        found[reference] = method(*runs)
+    for term in ("loss_kd", "loss_kd_vlr"):
+        for reference in (80, 20):
+            torch.testing.assert_close(found[reference][term], found[0][term] * NUM_CLASSES / reference)
+    assert torch.equal(found[80]["loss_ld"], found[0]["loss_ld"])
 
 
 def test_only_wanted_terms_are_computed():

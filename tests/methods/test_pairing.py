@@ -47,7 +47,7 @@ RETINANET, FCOS, RCNN = ("RetinaNet", {}), ("FCOS", {}), ("GeneralizedRCNN", {})
         (RETINANET, RCNN, {}, "cannot use the teacher GeneralizedRCNN .student RetinaNet, teacher General"),
         (RETINANET, ("RetinaNet", TWO_LEVELS), {}, r"student's head reads strides \[8, 16, 32\] .*\[8, 16\]"),
         (RETINANET, RETINANET, {"DISTILL__CROSSKD__CLS_TAP": 3}, "CLS_TAP is 3; .*must lie between 0 and 2"),
-        (RETINANET, RETINANET, {"DISTILL__CROSSKD__BOX_TAP": -1}, "BOX_TAP is -1; .*must lie between 0 and 2"),
+        (RETINANET, RETINANET, {"DISTILL__CROSSKD__BOX_TAP": -2}, "BOX_TAP is -2; .*must lie between 0 and 2"),
         (
             RETINANET, ("RetinaNet", {"RETINANET__NUM_CONVS": 1}), {"DISTILL__CROSSKD__CLS_TAP": 2},
             "student's towers have 2 blocks and the teacher's 1 .*must lie between 0 and 1",
@@ -90,10 +90,20 @@ def test_pairs_of_different_retinanets(student, teacher):
     assert methods_of("CrossKD", (student, {}), deeper)["CrossKD"].taps() == {"cls": {Tap(1)}, "box": {Tap(1)}}
 
 
-def test_pkd_needs_equal_channels():
-    message = r"student's p3 has 16 channels and the teacher's p3 has 32; .*that serve this pair: FeatureImitation\.$"
+def test_pkd_adapts_channels_that_differ():
+    narrow = ("FCOS", {"FPN__OUT_CHANNELS": 16, "FCOS__NORM": ""})
+    adapters = methods_of("PKD", narrow, RCNN)["PKD"].adapters
+    assert {name: (layer.in_channels, layer.out_channels) for name, layer in adapters.items()} == dict.fromkeys(
+        ("p3", "p4", "p5"), (16, 32)
+    )
+    assert not methods_of("PKD", FCOS, RCNN)["PKD"].adapters
+
+
+def test_msad_needs_equal_channels():
+    narrow = ("FCOS", {"FPN__OUT_CHANNELS": 16, "FCOS__NORM": ""})
+    message = r"student's p3 has 16 channels and the teacher's p3 has 32; .*serve this pair: FeatureImitation, PKD\.$"
     with pytest.raises(UserError, match=message):
-        methods_of("PKD", ("FCOS", {"FPN__OUT_CHANNELS": 16, "FCOS__NORM": ""}), RCNN)
+        methods_of("MSAD", narrow, RCNN)
 
 
 @pytest.mark.parametrize("method, node", [("PKD", "PKD"), ("FeatureImitation", "IMITATION")])

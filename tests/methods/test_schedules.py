@@ -33,6 +33,32 @@ def test_factors_multiply_and_none_is_one():
     assert build_schedule([])(12345) == 1
 
 
+@pytest.mark.parametrize("length", [50, 600, 90_000])
+def test_parts_of_the_run(length):
+    schedule = build_schedule([["Warmup", 0.02], ["EarlyStop", 0.5]], run_length=length)
+    assert schedule(0.01 * length) == pytest.approx(0.5) and schedule(0.5 * length) == 1
+    assert schedule(length // 2 + 1) == 0 and is_over(schedule, length // 2 + 1)
+    whole = build_schedule([["Linear", 0.5, 0.25, 0, 1.0]], run_length=length)
+    assert (whole(0), whole(length)) == (0.5, 0.25)  # the values are no iterations
+    # An integer counts iterations, 1 as well.
+    assert build_schedule([["Warmup", 1]], run_length=length)(1) == 1
+
+
+@pytest.mark.parametrize(
+    "factor, run_length, message",
+    [
+        (["Warmup", 2.5], 10, "write iterations as whole numbers without a decimal point"),
+        (["Warmup", 2000.0], 10, "write iterations as whole numbers without a decimal point"),
+        (["Warmup", -0.1], 10, "write iterations as whole numbers"),
+        (["Warmup", 0.1], None, "a part of a run whose length is not known"),
+        (["Linear", 1, 0, 0.9, 0.1], 10, "in ascending order"),
+    ],
+)
+def test_bad_parts(factor, run_length, message):
+    with pytest.raises(UserError, match=message):
+        build_schedule([factor], run_length=run_length)
+
+
 def test_only_the_empty_schedule_is_constant():
     assert is_constant(build_schedule([])) and is_constant(build_schedule(()))
     assert not is_constant(build_schedule([["Warmup", 0]])) and not is_constant(lambda iteration: 1.0)
