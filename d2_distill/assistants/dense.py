@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import reduce
+from operator import getitem
 
 import torch
 from detectron2.config import CfgNode
@@ -15,6 +18,10 @@ from ..detectors.building import build_detector, num_classes_key
 from ..errors import UserError
 from ..staged import DenseRun, StagedDense, StagedDetector, adapter_of, family_of, stage_detector
 from .copying import copy_weights
+
+logger = logging.getLogger(__name__)
+# Of all dense heads, Detectron2's included.
+DEFAULT_LEVELS = ["p3", "p4", "p5", "p6", "p7"]
 
 
 @BACKBONE_REGISTRY.register()
@@ -61,6 +68,7 @@ class DenseAssistant(nn.Module):
         student: StagedDetector,
         *,
         names: Mapping[str, str] | None = None,
+        fit: bool = False,
         key: str,
     ) -> "DenseAssistant":
         """The head that a config describes, for the student's features and classes.
@@ -69,6 +77,7 @@ class DenseAssistant(nn.Module):
             cfg: its backbone is not built.
             kind: meta-architecture of a one-stage detector.
             names: the config's name of a feature -> the student's; None if they are the same.
+            fit: where the config has the default levels, and the student does not have all of them, read the student's.
             key: config key of ``kind``, for error messages.
 
         Raises:
@@ -93,6 +102,8 @@ class DenseAssistant(nn.Module):
         # It never detects, and need not know the student's kind of non-maximum suppression.
         cfg.TEST.NMS = "nms"
         cfg.merge_from_list([num_classes_key(cfg), student.num_classes])
+        if fit:
+            _fit_levels(cfg, list(names))
         try:
             detector = build_detector(cfg)
         except KeyError as error:
@@ -116,6 +127,22 @@ class DenseAssistant(nn.Module):
         # A stage that is set is not computed.
         run.features = {name: student.features[ours] for name, ours in self.names.items()}
         return run
+
+
+def _fit_levels(cfg: CfgNode, names: list[str]) -> None:
+    """Let a head whose levels are the default ones read these, if it cannot read those, and FCOS divide the sizes so."""
+    path = num_classes_key(cfg).rpartition(".")[0]
+    node = reduce(getitem, path.split("."), cfg)
+    if list(node.IN_FEATURES) != DEFAULT_LEVELS or set(DEFAULT_LEVELS) <= set(names):
+        return
+    changed = {"IN_FEATURES": names}
+    if "SIZES_OF_INTEREST" in node:
+        changed["SIZES_OF_INTEREST"] = node.SIZES_OF_INTEREST[: len(names) - 1]
+    node.update(changed)
+    logger.info(
+        "The student has no such levels, so the assistant %s gets %s.", cfg.MODEL.META_ARCHITECTURE,
+        " and ".join(f"{path}.{key} {value}" for key, value in changed.items()),
+    )
 
 
 def tower_ends(run: DenseRun, branch: str) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +21,13 @@ from ..staged import StagedDetector
 from .copying import copy_weights
 from .proposals import with_ground_truth
 
+logger = logging.getLogger(__name__)
 # A cascade's later stages count less (OpenMMLab, and with it HEAD): 1, 1/2, 1/4.
 STAGE_WEIGHT_DECAY = 0.5
 NAMES = ("StandardROIHeads", "CascadeROIHeads")
+# Detectron2's default of MODEL.ROI_HEADS.NAME, which the config of a dense student leaves as it is.
+UNDESCRIBED = "Res5ROIHeads"
+NUM_FC = 2  # as published
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class RoIAssistant(nn.Module):
         Detectron2's own rule. So assistant and teacher take a box from features of the same rank.
 
         Args:
-            cfg: whose ROI_HEADS, ROI_BOX_HEAD and ROI_BOX_CASCADE_HEAD describe it.
+            cfg: whose ROI_HEADS, ROI_BOX_HEAD and ROI_BOX_CASCADE_HEAD describe it. A student's config that does not gives
+                it two fully connected layers.
             input_shape: features that it reads, fine to coarse, see :func:`roi_features`.
             num_classes: of the foreground.
             owner: of the config, "student" or "teacher", for error messages.
@@ -70,9 +76,16 @@ class RoIAssistant(nn.Module):
         Raises:
             UserError: the config has other RoI heads, or a box head without fully connected layers.
         """
-        _check(cfg, owner)
         cfg = cfg.clone()
         cfg.defrost()
+        if owner == "student" and cfg.MODEL.ROI_HEADS.NAME == UNDESCRIBED:
+            logger.info(
+                "The config describes no RoI heads for the R-CNN assistant: it gets %d fully connected layers of %d.",
+                NUM_FC, cfg.MODEL.ROI_BOX_HEAD.FC_DIM,
+            )
+            cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+            cfg.MODEL.ROI_BOX_HEAD.update(NAME="FastRCNNConvFCHead", NUM_FC=NUM_FC, POOLER_RESOLUTION=7)
+        _check(cfg, owner)
         cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
         cfg.MODEL.ROI_HEADS.IN_FEATURES = list(input_shape)
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes

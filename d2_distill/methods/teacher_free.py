@@ -181,7 +181,7 @@ def _check_assistants(node: CfgNode, weights: dict[str, float]) -> None:
 
 def _build_dense(cfg: CfgNode, student: StagedDense) -> dict[str, Any]:
     node, adapter = cfg.MODEL.DISTILL.TF_HEAD, None
-    assistant = DenseAssistant.build(cfg, node.DENSE_ASSISTANT, student, key=f"{KEY}.DENSE_ASSISTANT")
+    assistant = DenseAssistant.build(cfg, node.DENSE_ASSISTANT, student, fit=True, key=f"{KEY}.DENSE_ASSISTANT")
     if node.CROSS_DENSE_WEIGHT:
         channels = [end_channels(side, side.branch_of("logits")) for side in (student, assistant.staged)]
         adapter = nn.Conv2d(*channels, 1)

@@ -324,8 +324,9 @@ def test_one_stage_pairs_are_compared_level_by_level(make):
         ("RetinaNet", None, {}, "HEAD with AKD_WEIGHT, .* needs a teacher; set MODEL.DISTILL.TEACHER.CONFIG_FILE"),
         ("RetinaNet", None, ASSIST_ONLY, "ASSISTANT_INIT 'teacher' needs a teacher"),
         (
-            "RetinaNet", None, {**ASSIST_ONLY, "DISTILL__HEAD__ASSISTANT_INIT": "fresh"},
-            "MODEL.ROI_HEADS.NAME is 'Res5ROIHeads' in the student's config",
+            "RetinaNet", None,
+            {**ASSIST_ONLY, "DISTILL__HEAD__ASSISTANT_INIT": "fresh", "ROI_HEADS__NAME": "CascadeROIHeads"},
+            "MODEL.ROI_BOX_HEAD has NAME '' and NUM_FC 0 in the student's config",
         ),
         ("RetinaNet", RCNN, {"DISTILL__HEAD__ASSIST_WEIGHT": 0.0}, "ASSIST_WEIGHT is 0, but AKD_WEIGHT is 2.0"),
         ("RetinaNet", RCNN, {"DISTILL__HEAD__ASSISTANT_INIT": "copy"}, "ASSISTANT_INIT is 'copy'; choose 'teacher' or"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -252,10 +253,13 @@ def test_weights_follow_their_schedules():
             torch.testing.assert_close(losses[term], unweighted[term] * weight * factor, rtol=1e-4, atol=1e-7)
 
 
-def test_default_schedule_is_the_published_one():
-    method = distiller_of().methods["TFHEAD"]
+def test_default_schedule_is_the_published_one_for_any_length():
+    """Published for 90k iterations or about so many: a warm-up of 2000, and mimicry up to the first drop of the rate."""
+    cfg = cfg_of()
+    cfg.SOLVER.MAX_ITER = 1000
+    method = build_model(cfg).prepare_training().methods["TFHEAD"]
     for term, weight, cross in (("loss_assist_rcnn", 1.0, False), ("loss_cross_rcnn", 1.3, True)):
-        found = [method.weight_at(term, iteration) for iteration in (0, 1000, 2000, 58640, 58641)]
+        found = [method.weight_at(term, iteration) for iteration in (0, 10, 20, 650, 651)]
         assert found == pytest.approx([0, weight / 2, weight, weight, 0 if cross else weight])
 
 
@@ -349,6 +353,18 @@ def test_two_stage_students_are_refused():
 def test_contradictions_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         distiller_of(**options)
+
+
+def test_assistants_that_the_config_does_not_describe(caplog):
+    """Default levels and Detectron2's default RoI heads do not fit; the log says what takes their place."""
+    undescribed = {"FCOS__IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"], "FCOS__SIZES_OF_INTEREST": [64, 128, 256, 512]}
+    undescribed.update(ROI_HEADS__NAME="Res5ROIHeads", ROI_BOX_HEAD__NAME="", ROI_BOX_HEAD__NUM_FC=0)
+    with caplog.at_level(logging.INFO, logger="d2_distill"):
+        method = distiller_of(below=undescribed).methods["TFHEAD"]
+    assert method.dense.staged.in_features == ["p3", "p4", "p5"]
+    assert len(method.rcnn.staged.fc_dims) == 2
+    assert "gets MODEL.FCOS.IN_FEATURES ['p3', 'p4', 'p5'] and MODEL.FCOS.SIZES_OF_INTEREST [64, 128]" in caplog.text
+    assert "it gets 2 fully connected layers" in caplog.text
 
 
 def test_a_dense_assistant_of_levels_that_the_student_lacks_is_refused():
