@@ -54,7 +54,24 @@ def add_distill_config(cfg: CN) -> None:
     # "SGD" (Detectron2's) or "AdamW"; both take BASE_LR, WEIGHT_DECAY* and BIAS_LR_FACTOR.
     cfg.SOLVER.OPTIMIZER = "SGD"
     # CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm of all gradients together, not of each parameter's.
+    # Compute each step of IMS_PER_BATCH images in that many equal parts, one after another, which needs less memory.
+    # MAX_ITER and the like still count steps of the optimizer.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # Keep that many periodic checkpoints, the newest; 0 for all. model_best.pth and model_final.pth always stay.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 0
+    # End the run after that many evaluations in a row without a better AP on the first data set of DATASETS.TEST; 0 for
+    # never. Needs TEST.EVAL_PERIOD.
+    cfg.SOLVER.EARLY_STOPPING = CN()
+    cfg.SOLVER.EARLY_STOPPING.PATIENCE = 0
+    # Evaluate, and save in model_best.pth and model_final.pth, an exponential moving average of the student's weights.
+    cfg.SOLVER.EMA = CN()
+    cfg.SOLVER.EMA.ENABLED = False
+    # Of each step; of the first steps less, see engine/averaging.py. 0.9998 averages about 5000 steps: take less
+    # if the run has fewer than 20000.
+    cfg.SOLVER.EMA.DECAY = 0.9998
 
+    # With an EVAL_PERIOD, keep the student with the best AP on the first data set of DATASETS.TEST in model_best.pth.
+    cfg.TEST.SAVE_BEST = True
     # "nms" (the detector's own) or, with one-stage detectors, "cluster_nms" or "cluster_diou_nms", with
     # "voting_" or "weighted_" in front for boxes that are voted on; see postprocess/cluster_nms.py.
     cfg.TEST.NMS = "nms"

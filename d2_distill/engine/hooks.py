@@ -14,6 +14,9 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
+# Name of the last checkpoint of a run, without its suffix.
+FINAL = "model_final"
+
 
 class SeedEveryStep(HookBase):
     """Seeds every generator from (seed, iteration, rank) before each step.

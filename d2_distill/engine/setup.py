@@ -32,9 +32,13 @@ from ..errors import UserError, sentence_of
 from ..evaluation.voc import voc_convention
 from ..layers.memory_format import in_fast_layout
 from ..teacher import read_teacher_config
+from .accumulation import check_accumulation
+from .averaging import check_averaging
+from .early_stop import check_early_stopping
 from .evaluate import load_detector
 from .logs import held_back
 from .output_dir import claim_output_dir
+from .retention import check_retention
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,8 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
         else:
             _check_reference_world_size(cfg)
             _check_precision(cfg)
+            for check in (check_accumulation, check_averaging, check_early_stopping, check_retention):
+                check(cfg)
             claim_output_dir(cfg, resume=args.resume)
             model = _initialised(cfg, resume=args.resume)
             run_cfg = cfg

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 import weakref
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
@@ -25,16 +27,22 @@ from ..evaluation.coco import CheckedCOCOEvaluator
 from ..evaluation.known_classes import KnownClasses
 from ..evaluation.voc import VOCEvaluator
 from ..layers.memory_format import in_fast_layout
+from .accumulation import build_stepper
+from .averaging import AverageWeights, AveragingCheckpointer, WeightAverage
+from .best import BestCheckpoint
+from .early_stop import EarlyStopping, StoppableLoop
+from .evaluation import PeriodicEvaluation
 from .hooks import LossNormalizers, SeedEveryStep, StopOnSignal, TrainingClock
 from .optimizer import build_optimizer
+from .retention import RecentCheckpoints
 
 
-class Trainer(DefaultTrainer):
+class Trainer(DefaultTrainer, StoppableLoop):
     """Detectron2's ``DefaultTrainer``, for distilled and plain detectors, whose runs resume exactly.
 
     Differences: checkpoints hold the student under ``model`` and adapters under ``distill``; the training
     loader starts at the first iteration of a resumed run; a signal ends a run with a checkpoint; DDP works
-    between processes on the CPU.
+    between processes on the CPU. docs/training.md describes what else the config can ask for.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
@@ -46,14 +54,17 @@ class Trainer(DefaultTrainer):
             model.prepare_training()  # before the optimizer, which is to train the adapters
         model = in_fast_layout(model)
         optimizer = self.build_optimizer(cfg, model)
-        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._seeding = SeedEveryStep(cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed())
         self._batch_files: list[str] = []
         model.register_forward_pre_hook(self._remember_batch)
         # The loader is built when the first iteration is known.
-        self._trainer = trainer_class(_distributed(model), None, optimizer)
+        self._trainer = build_stepper(cfg, _distributed(model), optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = build_checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        ema = cfg.SOLVER.EMA
+        self._average = WeightAverage(student_of(model), ema.DECAY) if ema.ENABLED else None
+        self.checkpointer = build_checkpointer(
+            model, cfg.OUTPUT_DIR, average=self._average, trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -77,8 +88,36 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         normalizers = LossNormalizers(self.model, self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        stop = StopOnSignal(normalizers)
-        return [self._seeding, normalizers, TrainingClock(), *super().build_hooks(), stop]
+        average = None if self._average is None else AverageWeights(self._average)
+        hooks: list[HookBase | None] = [self._seeding, normalizers, average, TrainingClock()]
+        for hook in super().build_hooks():
+            if isinstance(hook, EvalHook):
+                hooks += self._build_evaluation(normalizers)
+            elif isinstance(hook, PeriodicCheckpointer) and self.cfg.SOLVER.CHECKPOINTS_KEPT:
+                solver = self.cfg.SOLVER
+                hooks.append(RecentCheckpoints(
+                    self.checkpointer, solver.CHECKPOINT_PERIOD, max_to_keep=solver.CHECKPOINTS_KEPT
+                ))
+            else:
+                hooks.append(hook)
+        return [*hooks, StopOnSignal(normalizers)]
+
+    def _build_evaluation(self, normalizers: LossNormalizers) -> list[HookBase]:
+        """The hooks that evaluate and that follow from it, in the order in which training must call them."""
+        cfg = self.cfg
+        first = next(iter(cfg.DATASETS.TEST), "")
+        saves_best = cfg.TEST.SAVE_BEST and cfg.TEST.EVAL_PERIOD > 0
+        best = [BestCheckpoint(self.checkpointer.model, cfg.OUTPUT_DIR, first)] if saves_best else []
+        patience = cfg.SOLVER.EARLY_STOPPING.PATIENCE
+        stopping = [EarlyStopping(patience, first, normalizers)] if patience else []
+        weights = contextlib.nullcontext if self._average is None else self._average.in_place
+        evaluation = PeriodicEvaluation(cfg.TEST.EVAL_PERIOD, cfg.DATASETS.TEST, [*best, *stopping], weights)
+        return [*best, evaluation, *stopping]
+
+    def evaluate(self) -> dict[str, Any]:
+        """Return :meth:`test` of the model as it is."""
+        self._last_eval_results = self.test(self.cfg, self.model)  # DefaultTrainer verifies them in the end
+        return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:
         resumes = resume and self.checkpointer.has_checkpoint()
@@ -99,6 +138,7 @@ class Trainer(DefaultTrainer):
             return super().train()
 
     def run_step(self) -> None:
+        self._batch_files.clear()
         try:
             super().run_step()
         except FloatingPointError as error:
@@ -110,10 +150,12 @@ class Trainer(DefaultTrainer):
 
     def _remember_batch(self, model: nn.Module, args: Any) -> None:
         if model.training:
-            self._batch_files = [inputs.get("file_name", "?") for inputs in args[0]]
+            self._batch_files += [inputs.get("file_name", "?") for inputs in args[0]]
 
 
-def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables: Any) -> TrainingCheckpointer:
+def build_checkpointer(
+    model: nn.Module, save_dir: str, *, average: WeightAverage | None = None, **checkpointables: Any
+) -> TrainingCheckpointer:
     """Checkpointer of a plain detector, or of a distiller: the student as ``model``, adapters as ``distill``.
 
     So that every checkpoint loads into the plain student.
@@ -123,8 +165,14 @@ def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables: Any) 
             checkpointables["distill"] = model.methods
         if model.balance is not None:
             checkpointables["balance"] = model.balance
-        model = model.student
-    return TrainingCheckpointer(model, save_dir, **checkpointables)
+    if average is not None:
+        return AveragingCheckpointer(student_of(model), save_dir, average=average, **checkpointables)
+    return TrainingCheckpointer(student_of(model), save_dir, **checkpointables)
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """Return the detector that is trained for use: a distiller's student, or the model itself."""
+    return model.student if isinstance(model, Distiller) else model
 
 
 def _distributed(model: nn.Module) -> nn.Module:

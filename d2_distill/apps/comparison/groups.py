@@ -16,7 +16,7 @@ from .runs import Run
 # Keys that do not make another model of a run.
 _FREE_KEYS = (
     "DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "MODEL.DISTILL.GRADIENT_RATIO_PERIOD", "OUTPUT_DIR", "SEED",
-    "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD",
+    "SOLVER.CHECKPOINTS_KEPT", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD", "TEST.SAVE_BEST",
 )
 _SEED_SUFFIX = re.compile(r"[ ._-]*seed[ ._-]*\d+$", re.IGNORECASE)
 
