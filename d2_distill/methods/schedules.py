@@ -116,6 +116,13 @@ def is_over(schedule: Schedule, iteration: int) -> bool:
     return isinstance(schedule, _Product) and any(factor.is_over(iteration) for factor in schedule.factors)
 
 
+def last_iteration(schedule: Schedule) -> float:
+    """Return the last iteration at which a schedule from a config changes, 0 for one that never does."""
+    if not isinstance(schedule, _Product):
+        return 0
+    return max((iteration for factor in schedule.factors for iteration in factor.iterations), default=0)
+
+
 def _factor(entry: Any, where: str, run_length: int | None) -> _Factor:
     if isinstance(entry, str) or not isinstance(entry, Sequence) or not entry:
         raise UserError(f"{where} is {entry!r}; it must be a factor such as ['Warmup', 2000].")
