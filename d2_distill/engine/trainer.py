@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.exact import TrainingCheckpointer, readable
+from ..checkpoint.torchvision import is_address, load_pretrained
+from ..config.pretrained import require_corrected
 from ..data.loader import build_test_loader, build_train_loader
 from ..data.mapper import CheckedDatasetMapper
 from ..distiller import Distiller
@@ -83,9 +85,14 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         resumes = resume and self.checkpointer.has_checkpoint()
         weights = self.checkpointer.get_checkpoint_file() if resumes else self.cfg.MODEL.WEIGHTS
-        with readable(weights, key="OUTPUT_DIR" if resumes else "MODEL.WEIGHTS"):
-            super().resume_or_load(resume=resume)
         model = getattr(self.model, "module", self.model)
+        with readable(weights, key="OUTPUT_DIR" if resumes else "MODEL.WEIGHTS"):
+            if is_address(weights):
+                require_corrected(self.cfg)
+                student = model.student if isinstance(model, Distiller) else model
+                load_pretrained(student, weights, input_format=self.cfg.INPUT.FORMAT)
+            else:
+                super().resume_or_load(resume=resume)
         if isinstance(model, Distiller) and weights and not resumes:
             model.inherit()
 
