@@ -80,7 +80,7 @@ class TorchvisionWeights:
                 map_location="cpu", progress=comm.is_main_process(), check_hash=True, weights_only=True
             )
         except Exception as error:  # whatever the network, the disk, the check of the hash or unpickling raises
-            reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+            reason = " ".join(str(getattr(error, "reason", error)).split()).partition(". ")[0].rstrip(".")
             if is_there:
                 raise UserError(
                     f"MODEL.WEIGHTS: {self.path} cannot be read as the weights of {self} ({reason}); remove it, so that it "

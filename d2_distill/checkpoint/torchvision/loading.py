@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 State = dict[str, torch.Tensor]
 
-# What a classifier fills. Not of it are LayerNorms on a Swin Transformer's outputs and offsets of deformable convolutions.
+# What a classifier fills: not the LayerNorms on a Swin Transformer's outputs, nor the offsets of deformable convolutions.
 _OF_CLASSIFIER = re.compile(r"(stem|res[2-5]|features)\.(?!.*\bconv2_offset\.).+")
 # What builds the network of each model of torchvision.
 _RESNET = "MODEL.RESNETS.DEPTH {} with STEM_OUT_CHANNELS 64 and RES2_OUT_CHANNELS {}"
@@ -108,23 +108,22 @@ def _fitted(model: nn.Module, weights: TorchvisionWeights) -> State:
 def _trunks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the prefix and the module of what starts from a classifier: the backbone; RoI heads that hold its res5."""
     for name, module in model.named_modules():
-        if isinstance(module, (ResNet, TorchvisionTrunk)) or hasattr(module, "res5"):
+        if isinstance(module, (ResNet, TorchvisionTrunk)) or isinstance(getattr(module, "res5", None), nn.Sequential):
             yield f"{name}.", module
 
 
 def _wanted(trunk: nn.Module) -> dict[str, torch.Size]:
     """Return the shapes of the tensors that a classifier has to fill."""
-    return {name: value.shape for name, value in trunk.state_dict().items() if _OF_CLASSIFIER.fullmatch(name)}
+    return {
+        name: value.shape
+        for name, value in trunk.state_dict().items()
+        if _OF_CLASSIFIER.fullmatch(name) and not name.endswith(COUNTER)
+    }
 
 
 def _with_prefixes(model: nn.Module, converted: State) -> State:
     """Return the tensors by the names of the whole detector."""
-    return {
-        prefix + name: converted[name]
-        for prefix, trunk in _trunks(model)
-        for name in _wanted(trunk)
-        if name in converted
-    }
+    return {prefix + name: converted[name] for prefix, trunk in _trunks(model) for name in _wanted(trunk)}
 
 
 def _also_fresh(model: nn.Module) -> str:
@@ -167,8 +166,7 @@ def _lacking(trunk: nn.Module, found: Mapping[str, torch.Size]) -> Iterator[str]
     """Yield what a classifier does not fill, with the shapes if it has the name."""
     for name, shape in _wanted(trunk).items():
         if name not in found:
-            if not name.endswith(COUNTER):
-                yield name
+            yield name
         elif found[name] != shape:
             yield f"{name} {tuple(found[name])} (backbone: {tuple(shape)})"
 
@@ -177,9 +175,10 @@ def _remedy(trunk: nn.Module, weights_of: str | None) -> str:
     fitting = [model for model, rules in RULES.items() if not any(_lacking(trunk, renamed(shapes_of(model), rules)))]
     remedies = [f"use {PREFIX}{fitting[0]}"] if fitting else []
     if weights_of is not None:
-        remedies.append(f"build the network of {weights_of} ({_BUILT_BY[weights_of]}{_full_width(trunk)})")
+        keys = _BUILT_BY[weights_of]
+        if keys.startswith("MODEL.RESNETS") and not isinstance(trunk, ResNet):
+            keys = f"MODEL.BACKBONE.NAME of a ResNet's builder, {keys}"
+        if isinstance(trunk, Slimmable):
+            keys = f"{keys}; of slimmable networks, MODEL.SLIMMABLE.WIDTH_MULT 1.0"
+        remedies.append(f"build the network of {weights_of} ({keys})")
     return ", or ".join(remedies) or 'use weights of this network, or set MODEL.WEIGHTS to ""'
-
-
-def _full_width(trunk: nn.Module) -> str:
-    return ", or of slimmable networks MODEL.SLIMMABLE.WIDTH_MULT 1.0" if isinstance(trunk, Slimmable) else ""
