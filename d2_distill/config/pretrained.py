@@ -22,6 +22,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 _UNIT_STD = (1.0, 1.0, 1.0)  # Detectron2's default
 _TOLERANCE = 0.01
 _STRIDE_KEY = "MODEL.RESNETS.STRIDE_IN_1X1"
+_KEYS = ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", _STRIDE_KEY)
 
 
 def with_pretrained_inputs(
@@ -31,14 +32,14 @@ def with_pretrained_inputs(
 
     Args:
         config_file, opts: what ``cfg`` was read from.
-        trained: ``MODEL.WEIGHTS`` of ``opts`` names a detector that was trained with the config file; the weights that
-            the file names, which that training started from, count as well.
+        trained: ``MODEL.WEIGHTS`` of ``opts`` names a detector that was trained with the config file. So the weights that
+            the file names, which that training started from, count as well, unless ``opts`` set the keys themselves.
 
     Raises:
         UserError: see :func:`corrections`.
     """
-    weights = cfg.MODEL.WEIGHTS
-    if trained and "MODEL.WEIGHTS" in opts[::2] and not is_address(weights):
+    weights, set_keys = cfg.MODEL.WEIGHTS, set(opts[::2])
+    if trained and "MODEL.WEIGHTS" in set_keys and not is_address(weights) and not set_keys.intersection(_KEYS):
         others = [item for pair in zip(opts[::2], opts[1::2]) if pair[0] != "MODEL.WEIGHTS" for item in pair]
         weights = read_config(config_file, others, source=f"The config ({config_file})").MODEL.WEIGHTS
     if not is_address(weights):

@@ -180,15 +180,15 @@ def test_norms_that_swin_lacks_are_told(saved, caplog):
     assert "as do 6 tensors of the backbone that no classifier has, such as norms.res3.weight" in caplog.text
 
 
-def test_weights_of_a_version(torch_home):
+def test_weights_of_a_version(tmp_path, monkeypatch):
     """resnet50 has two files; the address says which."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for entry, value in (("IMAGENET1K_V1", 1.0), ("IMAGENET1K_V2", 2.0)):
         model = torchvision_model("resnet50")
         nn.init.constant_(model.conv1.weight, value)
-        path = put_weights(torch_home, model, "resnet50", entry)
+        put_weights(tmp_path, model, "resnet50", entry)
         found = pretrained(f"resnet50/{entry}", **RESNET50).backbone.bottom_up.stem.conv1.weight
         assert (found == value).all()
-        path.unlink()
 
 
 SWIN_S = {**SWIN, "SWIN__DEPTHS": [2, 2, 18, 2]}

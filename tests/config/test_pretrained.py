@@ -123,7 +123,11 @@ def test_the_detector_that_was_trained(config_file):
     opts = ["MODEL.WEIGHTS", "model_final.pth"]
     cfg = load_config(config_file, opts)
     assert statistics(cfg) == BGR and not cfg.MODEL.RESNETS.STRIDE_IN_1X1 and cfg.MODEL.WEIGHTS == "model_final.pth"
-    # A training from other weights is another one.
+    # Of one that was trained from other weights.
+    other = ["MODEL.PIXEL_MEAN", "[128.0, 128.0, 128.0]", "MODEL.PIXEL_STD", "[128.0, 128.0, 128.0]"]
+    cfg = load_config(config_file, [*opts, *other])
+    assert statistics(cfg)["MODEL.PIXEL_STD"] == [128.0, 128.0, 128.0]
+    # A training from other weights.
     cfg = load_config(config_file, opts, trained=False)
     assert statistics(cfg)["MODEL.PIXEL_STD"] == [1.0, 1.0, 1.0] and cfg.MODEL.RESNETS.STRIDE_IN_1X1
 
