@@ -19,6 +19,9 @@ from d2_distill.checkpoint.torchvision import identified_rules
 from d2_distill.errors import UserError, reported
 
 EXAMPLE = """
+train_net.py needs no conversion: it reads such files, and MODEL.WEIGHTS torchvision://resnet18 (docs/checkpoints.md).
+Convert for other programs that use Detectron2.
+
 Example:
   python tools/convert_torchvision_backbone.py resnet18-f37072fd.pth resnet18.pkl
 and then, in the config of the detector:
@@ -33,6 +36,7 @@ MobileNetV2 and Swin Transformers: the same means, and BACKBONE.NAME build_mobil
 build_swin_fpn_backbone (MODEL.SWIN.IMPLEMENTATION torchvision). For weights in torchvision's layout that were trained
 elsewhere, set means, FORMAT and MODEL.MOBILENETV2.SAME_PADDING as there.
 """
+
 
 def convert(state_dict: dict[str, torch.Tensor], source: str = "The checkpoint") -> dict:
     """The content of a Detectron2 ``.pkl`` file for the state dict of a torchvision model.

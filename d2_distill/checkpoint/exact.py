@@ -91,8 +91,8 @@ def load_exactly(model: nn.Module, weights: str, *, key: str) -> None:
         raise UserError(f"{key} is empty; name the checkpoint of the model.")
     if is_address(weights):
         raise UserError(
-            f"{key}: {weights} names the weights of a classifier, which only a training can start from; name the checkpoint "
-            "of a trained detector."
+            f"{key}: {weights} names the weights of a classifier, which only training can start from; name the "
+            "checkpoint of a trained detector."
         )
     require_file(weights, key=key)
     checkpointer = _ExactCheckpointer(model)

@@ -32,8 +32,8 @@ def with_pretrained_inputs(
 
     Args:
         config_file, opts: what ``cfg`` was read from.
-        trained: ``MODEL.WEIGHTS`` of ``opts`` names a detector that was trained with the config file. So the weights that
-            the file names, which that training started from, count as well, unless ``opts`` set the keys themselves.
+        trained: ``MODEL.WEIGHTS`` of ``opts`` names a detector that was trained with the config file. So the weights
+            that the file names, which that training started from, count as well, unless ``opts`` set the keys.
 
     Raises:
         UserError: see :func:`corrections`.
@@ -62,8 +62,9 @@ def with_pretrained_inputs(
 def corrections(cfg: CfgNode, address: str) -> dict[str, Any]:
     """Return the keys that have another value than these weights need, with the value that they need.
 
-    ``INPUT.FORMAT`` stays: :func:`~d2_distill.checkpoint.torchvision.load_pretrained` exchanges red and blue in the first convolution. A mean or a
-    standard deviation is corrected if it is Detectron2's default, or ImageNet's in the order of the other format.
+    ``INPUT.FORMAT`` stays: :func:`~d2_distill.checkpoint.torchvision.load_pretrained` exchanges red and blue in the
+    first convolution. A mean or a standard deviation is corrected if it is Detectron2's default, or ImageNet's in the
+    order of the other format.
 
     Raises:
         UserError: there is no such model, or a key has a value that is neither a default nor what the weights need.
@@ -82,13 +83,14 @@ def corrections(cfg: CfgNode, address: str) -> dict[str, Any]:
         # Detectron2's default mean is ImageNet's of BGR.
         if not any(_equal(ours, other) for other in (needed[::-1], *defaults)):
             raise UserError(
-                f"MODEL.{key} is {list(ours)}, but {address} was trained with {list(needed)} in the order of INPUT.FORMAT "
-                f"{cfg.INPUT.FORMAT}; set it to that, or remove it from the config."
+                f"MODEL.{key} is {list(ours)}, but {address} was trained with {list(needed)} in the order of "
+                f"INPUT.FORMAT {cfg.INPUT.FORMAT}; set it to that, or remove it from the config."
             )
         changed[f"MODEL.{key}"] = list(needed)
     if weights.model == "mobilenet_v2" and cfg.MODEL.MOBILENETV2.SAME_PADDING:
         raise UserError(
-            f"MODEL.MOBILENETV2.SAME_PADDING is True, but {address} was trained with padding on all sides; set it to False."
+            f"MODEL.MOBILENETV2.SAME_PADDING is True, but {address} was trained with padding on all sides; set it to "
+            "False."
         )
     # Blocks of three convolutions.
     if "layer1.0.conv3.weight" in shapes_of(weights.model) and _value(cfg, _STRIDE_KEY):
@@ -103,9 +105,10 @@ def require_corrected(cfg: CfgNode) -> None:
     """
     changed = corrections(cfg, cfg.MODEL.WEIGHTS)
     if changed:
+        needed = ", ".join(f"{key} {value}" for key, value in changed.items())
         raise UserError(
-            f"MODEL.WEIGHTS: {cfg.MODEL.WEIGHTS} needs {', '.join(f'{key} {value}' for key, value in changed.items())}; "
-            "set that, or read the config by d2_distill.engine.setup.load_config, which does."
+            f"MODEL.WEIGHTS: {cfg.MODEL.WEIGHTS} needs {needed}; set that, or read the config by "
+            "d2_distill.engine.setup.load_config, which does."
         )
 
 

@@ -168,8 +168,8 @@ def test_the_rest_stays_as_it_was(saved, caplog):
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if name.startswith("backbone.bottom_up.")}
     assert caplog.messages[-1] == (
-        "ImageNet weights of torchvision's resnet18 (IMAGENET1K_V1): 100 tensors of the backbone, for images in the order "
-        "BGR; FPN and head start fresh."
+        "ImageNet weights of torchvision's resnet18 (IMAGENET1K_V1): 100 tensors of the backbone, for images in the "
+        "order BGR; FPN and head start fresh."
     )
 
 
@@ -254,14 +254,15 @@ def test_unknown_names(address, message):
 @pytest.mark.parametrize(
     "name, overrides, message",
     [
-        ("resnet50", RESNET18, r"fit the backbone, a ResNet: \d+ of its 100 .*; use torchvision://resnet18, or build the network "
-         r"of resnet50 \(MODEL.RESNETS.DEPTH 50 with STEM_OUT_CHANNELS 64 and RES2_OUT_CHANNELS 256\)"),
-        ("resnet50", MOBILENET, "a MobileNetV2: 260 of its 260 .*features.0.0.weight.*; use torchvision://mobilenet_v2, or .* a ResNet's builder"),
+        ("resnet50", RESNET18, r"fit the backbone, a ResNet: \d+ of its 100 .*; use torchvision://resnet18, or build "
+         r"the network of resnet50 \(MODEL.RESNETS.DEPTH 50 with STEM_OUT_CHANNELS 64 and RES2_OUT_CHANNELS 256\)"),
+        ("resnet50", MOBILENET, "a MobileNetV2: 260 of its 260 .*features.0.0.weight.*; use "
+         "torchvision://mobilenet_v2, or .* a ResNet's builder"),
         ("mobilenet_v2", RESNET18, "a ResNet: 100 of its 100 .*stem.conv1.weight.*; use torchvision://resnet18, or "),
         ("swin_t", SWIN_S, "a SwinTransformer: .*features.5.6.norm1.weight.*; use torchvision://swin_s, or "),
         # The narrow network of the small detectors: no model of torchvision has its widths.
-        ("resnet18", NARROW, r"stem.conv1.weight \(64, 3, 7, 7\) \(backbone: \(8, 3, 7, 7\)\).*\); build the network of "
-         r"resnet18 \(MODEL.RESNETS.DEPTH 18 with STEM_OUT_CHANNELS 64 and RES2_OUT_CHANNELS 64\)"),
+        ("resnet18", NARROW, r"stem.conv1.weight \(64, 3, 7, 7\) \(backbone: \(8, 3, 7, 7\)\).*\); build the network "
+         r"of resnet18 \(MODEL.RESNETS.DEPTH 18 with STEM_OUT_CHANNELS 64 and RES2_OUT_CHANNELS 64\)"),
         ("mobilenet_v2", {**MOBILENET, "MOBILENETV2__WIDTH_MULT": 0.5}, r"MODEL.MOBILENETV2.WIDTH_MULT 1.0\)"),
         ("resnet50", {**SLIMMABLE_RESNET, "SLIMMABLE__WIDTH_MULT": 0.25},
          "a SlimmableResNet: .* of slimmable networks, MODEL.SLIMMABLE.WIDTH_MULT 1.0"),
@@ -280,13 +281,14 @@ def test_other_backbones_are_refused():
         check_pretrained(model, "torchvision://resnet18")
 
 
-@pytest.mark.skipif(provider.name() == "embedded", reason="the embedded Detectron2 has no detectors with res5 in the head")
+@pytest.mark.skipif(provider.name() == "embedded", reason="the embedded Detectron2 has no Res5ROIHeads")
 def test_res5_in_the_roi_heads(saved):
     theirs = saved("resnet50")
     cfg = detector_cfg("GeneralizedRCNN")
     cfg.merge_from_list([
-        "MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 64,
-        "MODEL.RESNETS.RES2_OUT_CHANNELS", 256, "MODEL.RESNETS.OUT_FEATURES", ["res4"], "MODEL.RPN.IN_FEATURES", ["res4"],
+        "MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 50,
+        "MODEL.RESNETS.STEM_OUT_CHANNELS", 64, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256,
+        "MODEL.RESNETS.OUT_FEATURES", ["res4"], "MODEL.RPN.IN_FEATURES", ["res4"],
         "MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64]], "MODEL.ROI_HEADS.NAME", "Res5ROIHeads",
         "MODEL.ROI_HEADS.IN_FEATURES", ["res4"],
     ])
@@ -298,8 +300,8 @@ def test_res5_in_the_roi_heads(saved):
 def test_no_connection(torch_home):
     expected = (
         r"^MODEL.WEIGHTS: resnet34-b627a593.pth, the weights of torchvision's resnet34 \(IMAGENET1K_V1\), cannot be "
-        rf"downloaded \(.*refused.*\); download https://download.pytorch.org/models/resnet34-b627a593.pth elsewhere and put "
-        rf"it into {torch_home}/hub/checkpoints\.$"
+        r"downloaded \(.*refused.*\); download https://download.pytorch.org/models/resnet34-b627a593.pth elsewhere and "
+        rf"put it into {torch_home}/hub/checkpoints\.$"
     )
     with pytest.raises(UserError, match=expected):
         TorchvisionWeights.of("torchvision://resnet34").read()
@@ -309,7 +311,7 @@ def test_file_of_something_else(torch_home):
     """torch does not check the hash of a file that it has."""
     path = put_weights(torch_home, torchvision_model("resnet18"), "resnet34")
     try:
-        with pytest.raises(UserError, match=f"^MODEL.WEIGHTS: {path} does not fit the backbone, a ResNet: .*res2.2.conv1"):
+        with pytest.raises(UserError, match=f"^MODEL.WEIGHTS: {path} does not fit the backbone, .*res2.2.conv1"):
             check_pretrained(on_meta(**OF_TORCHVISION["resnet34"]), "torchvision://resnet34")
         path.write_bytes(b"not a checkpoint")
         with pytest.raises(UserError, match=f"^MODEL.WEIGHTS: {path} cannot be read .*; remove it") as error:

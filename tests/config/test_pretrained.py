@@ -1,4 +1,4 @@
-"""Keys that torchvision's weights need: corrected from defaults, refused otherwise; of a detector trained from them, too."""
+"""Keys that torchvision's weights need: defaults are corrected, other values refused; detectors trained from them."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ def test_frozen_configs_stay_frozen():
     "overrides, message",
     [
         ({"MODEL__PIXEL_MEAN": [128.0, 128.0, 128.0]},
-         r"^MODEL.PIXEL_MEAN is \[128.0, .*trained with \[103.53, 116.28, 123.675\] in the order of INPUT.FORMAT BGR; set it"),
+         r"^MODEL.PIXEL_MEAN is \[128.0, .*with \[103.53, 116.28, 123.675\] in the order of INPUT.FORMAT BGR; set it"),
         ({"MODEL__PIXEL_STD": [255.0, 255.0, 255.0], "INPUT__FORMAT": "RGB"},
-         r"^MODEL.PIXEL_STD is \[255.0, .*trained with \[58.395, 57.12, 57.375\] in the order of INPUT.FORMAT RGB; set it"),
+         r"^MODEL.PIXEL_STD is \[255.0, .*with \[58.395, 57.12, 57.375\] in the order of INPUT.FORMAT RGB; set it"),
         ({"MODEL__PIXEL_MEAN": [128.0], "MODEL__PIXEL_STD": [1.0]}, "^MODEL.PIXEL_MEAN is "),
         ({"INPUT__FORMAT": "L"}, "^INPUT.FORMAT is 'L', but torchvision://resnet18 was trained with colors; set it"),
         ({"MODEL__WEIGHTS": "torchvision://mobilenet_v2", "MODEL__MOBILENETV2__SAME_PADDING": True},
          "^MODEL.MOBILENETV2.SAME_PADDING is True, .*set it to False"),
-        ({"MODEL__WEIGHTS": "torchvision://resnet19"}, "^MODEL.WEIGHTS: torchvision has no model 'resnet19'; did you mean"),
+        ({"MODEL__WEIGHTS": "torchvision://resnet19"}, "^MODEL.WEIGHTS: .* no model 'resnet19'; did you mean"),
     ],
 )
 def test_other_values_are_refused(overrides, message):
@@ -105,7 +105,8 @@ def test_other_values_are_refused(overrides, message):
 
 
 def test_a_config_that_nobody_corrected():
-    with pytest.raises(UserError, match=r"^MODEL.WEIGHTS: torchvision://resnet18 needs MODEL.PIXEL_STD \[57.375.*load_config"):
+    message = r"^MODEL.WEIGHTS: torchvision://resnet18 needs MODEL.PIXEL_STD \[57.375.*load_config"
+    with pytest.raises(UserError, match=message):
         require_corrected(config())
     require_corrected(with_pretrained_inputs(config()))
 

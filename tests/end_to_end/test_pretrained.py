@@ -159,4 +159,5 @@ def test_a_file_of_torchvision(server, pretrained, tmp_path):
     server.run("--config-file", pretrained.config, *opts, **OFFLINE).succeeded()
     assert torch.equal(checkpoint(tmp_path / "run" / "model_final.pth")["model"][STEM], pretrained.stem.flip(1))
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["MODEL"]["PIXEL_STD"] == [1.0, 1.0, 1.0]
-    assert "tensors of a classifier in torchvision's names fill the backbone" in (tmp_path / "run" / "log.txt").read_text()
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "tensors of a classifier in torchvision's names fill the backbone" in log

@@ -36,7 +36,7 @@ class TorchvisionWeights:
 
     @classmethod
     def of(cls, address: str) -> TorchvisionWeights:
-        """Parse ``torchvision://<model>``, whose weights are torchvision's default, or ``torchvision://<model>/<weights>``.
+        """Parse ``torchvision://<model>``, which means torchvision's default weights, or ``.../<model>/<weights>``.
 
         Raises:
             UserError: torchvision has no such model or weights, or no backbone fits the model.
@@ -83,8 +83,8 @@ class TorchvisionWeights:
             reason = " ".join(str(getattr(error, "reason", error)).split()).partition(". ")[0].rstrip(".")
             if is_there:
                 raise UserError(
-                    f"MODEL.WEIGHTS: {self.path} cannot be read as the weights of {self} ({reason}); remove it, so that it "
-                    "is downloaded again."
+                    f"MODEL.WEIGHTS: {self.path} cannot be read as the weights of {self} ({reason}); remove it to "
+                    "download it again."
                 ) from error
             raise UserError(
                 f"MODEL.WEIGHTS: {self.file_name}, the weights of {self}, cannot be downloaded ({reason}); download "

@@ -21,7 +21,7 @@ COUNTER = "num_batches_tracked"
 
 
 def resnet_rules(prefix: str, ours: str) -> Iterator[tuple[str, str]]:
-    """Yield the rules from torchvision's names of a ResNet after the pattern ``prefix`` to Detectron2's after ``ours``."""
+    """Yield the rules of a ResNet: torchvision's names after the pattern ``prefix``, Detectron2's after ``ours``."""
     yield prefix + r"conv1\.weight", ours + "stem.conv1.weight"
     yield prefix + r"bn1\.(\w+)", ours + r"stem.conv1.norm.\1"
     for stage in range(1, 5):

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 State = dict[str, torch.Tensor]
 
-# What a classifier fills: not the LayerNorms on a Swin Transformer's outputs, nor the offsets of deformable convolutions.
+# What a classifier fills: neither LayerNorms on a Swin Transformer's outputs nor offsets of deformable convolutions.
 _OF_CLASSIFIER = re.compile(r"(stem|res[2-5]|features)\.(?!.*\bconv2_offset\.).+")
 # What builds the network of each model of torchvision.
 _RESNET = "MODEL.RESNETS.DEPTH {} with STEM_OUT_CHANNELS 64 and RES2_OUT_CHANNELS {}"
@@ -92,8 +92,9 @@ def fit_classifier(state: State, model: nn.Module, source: str) -> State:
     _require_complete(model, {name: value.shape for name, value in converted.items()}, source)
     fitted = _with_prefixes(model, converted)
     logger.info(
-        "%s: %d tensors of a classifier in torchvision's names fill the backbone; FPN and head start fresh%s. INPUT.FORMAT, "
-        "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be those it was trained with.", source, len(fitted), _also_fresh(model),
+        "%s: %d tensors of a classifier in torchvision's names fill the backbone; FPN and head start fresh%s. "
+        "INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be those it was trained with.",
+        source, len(fitted), _also_fresh(model),
     )
     return fitted
 
@@ -154,10 +155,10 @@ def _require_complete(
     for _, trunk in trunks:
         lacking = list(_lacking(trunk, found))
         if lacking:
-            count, names = len(lacking), ", ".join(lacking[:3])
+            names = ", ".join([*lacking[:3], *["..."] * (len(lacking) > 3)])
             raise UserError(
-                f"MODEL.WEIGHTS: {source} does not fit the backbone, a {type(trunk).__name__}: {count} of its "
-                f"{len(_wanted(trunk))} tensors are missing or have another shape ({names}{', ...' if count > 3 else ''}); "
+                f"MODEL.WEIGHTS: {source} does not fit the backbone, a {type(trunk).__name__}: {len(lacking)} of its "
+                f"{len(_wanted(trunk))} tensors are missing or have another shape ({names}); "
                 f"{_remedy(trunk, weights_of)}."
             )
 
