@@ -46,9 +46,18 @@ def check_pretrained(model: nn.Module, address: str) -> None:
     Raises:
         UserError: the weights fit another backbone (known without the file), or there is no file, or a damaged one.
     """
+    require_fitting(model, address)
+    _fitted(model, TorchvisionWeights.of(address))
+
+
+def require_fitting(model: nn.Module, address: str) -> None:
+    """Check that a backbone has the names and shapes of torchvision's model; the file is not read.
+
+    Raises:
+        UserError: it has not.
+    """
     weights = TorchvisionWeights.of(address)
     _require_complete(model, renamed(shapes_of(weights.model), RULES[weights.model]), str(weights), weights.model)
-    _fitted(model, weights)
 
 
 def load_pretrained(model: nn.Module, address: str, *, input_format: str) -> None:
