@@ -261,11 +261,11 @@ def test_unknown_names(address, message):
         ("mobilenet_v2", RESNET18, "a ResNet: 100 of its 100 .*stem.conv1.weight.*; use torchvision://resnet18, or "),
         ("swin_t", SWIN_S, "a SwinTransformer: .*features.5.6.norm1.weight.*; use torchvision://swin_s, or "),
         # The narrow network of the small detectors: no model of torchvision has its widths.
-        ("resnet18", NARROW, r"stem.conv1.weight \(64, 3, 7, 7\) \(backbone: \(8, 3, 7, 7\)\).*\); build the network "
-         r"of resnet18 \(MODEL.RESNETS.DEPTH 18 with STEM_OUT_CHANNELS 64 and RES2_OUT_CHANNELS 64\)"),
+        ("resnet18", NARROW, r"stem.conv1.weight \(64, 3, 7, 7\) \(backbone: \(8, 3, 7, 7\)\).*; set MODEL.WEIGHTS to "
+         r"\"\", or build the network of resnet18 \(MODEL.RESNETS.DEPTH 18 with .* RES2_OUT_CHANNELS 64\)"),
         ("mobilenet_v2", {**MOBILENET, "MOBILENETV2__WIDTH_MULT": 0.5}, r"MODEL.MOBILENETV2.WIDTH_MULT 1.0\)"),
         ("resnet50", {**SLIMMABLE_RESNET, "SLIMMABLE__WIDTH_MULT": 0.25},
-         "a SlimmableResNet: .* of slimmable networks, MODEL.SLIMMABLE.WIDTH_MULT 1.0"),
+         "a SlimmableResNet: .*; use the published weights of the slimmable network, or .*SLIMMABLE.WIDTH_MULT 1.0"),
     ],
 )
 def test_weights_of_another_network(torch_home, name, overrides, message):

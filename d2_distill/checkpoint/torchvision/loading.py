@@ -182,13 +182,19 @@ def _lacking(trunk: nn.Module, found: Mapping[str, torch.Size]) -> Iterator[str]
 
 
 def _remedy(trunk: nn.Module, weights_of: str | None) -> str:
+    """Return what to change: the weights, or the network."""
     fitting = [model for model, rules in RULES.items() if not any(_lacking(trunk, renamed(shapes_of(model), rules)))]
-    remedies = [f"use {PREFIX}{fitting[0]}"] if fitting else []
+    if fitting:
+        remedies = [f"use {PREFIX}{fitting[0]}"]
+    elif isinstance(trunk, Slimmable):
+        remedies = ["use the published weights of the slimmable network"]
+    else:
+        remedies = ['set MODEL.WEIGHTS to ""']  # a width of its own: torchvision has no weights of it
     if weights_of is not None:
         keys = _BUILT_BY[weights_of]
+        if isinstance(trunk, Slimmable):
+            keys = f"{keys}, or at its full width, MODEL.SLIMMABLE.WIDTH_MULT 1.0"
         if keys.startswith("MODEL.RESNETS") and not isinstance(trunk, ResNet):
             keys = f"MODEL.BACKBONE.NAME of a ResNet's builder, {keys}"
-        if isinstance(trunk, Slimmable):
-            keys = f"{keys}; of slimmable networks, MODEL.SLIMMABLE.WIDTH_MULT 1.0"
         remedies.append(f"build the network of {weights_of} ({keys})")
-    return ", or ".join(remedies) or 'use weights of this network, or set MODEL.WEIGHTS to ""'
+    return ", or ".join(remedies)
