@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .checkpoint.exact import load_exactly
 from .config.class_names import ALIASES_KEY, describe_match, listed, match_classes
 from .config.model_zoo import checkpoint_url, find_config
+from .config.pretrained import with_pretrained_inputs
 from .config.reading import read_config
 from .data.classes import dataset_classes, with_classes
 from .detectors.building import build_detector, num_classes_key
@@ -173,6 +174,7 @@ def read_teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
     is_file = PathManager.isfile(node.CONFIG_FILE)
     path = find_config(node.CONFIG_FILE, key="MODEL.DISTILL.TEACHER.CONFIG_FILE")
     teacher_cfg = read_config(path, node.OPTS, source=source)
+    teacher_cfg = with_pretrained_inputs(teacher_cfg, config_file=path, opts=node.OPTS, trained=True)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     if node.WEIGHTS:
         teacher_cfg.MODEL.WEIGHTS = node.WEIGHTS

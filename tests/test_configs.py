@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2_distill import provider
 from d2_distill.apps.conversion.openmmlab import Checkpoint, convert_openmmlab
+from d2_distill.checkpoint.torchvision import is_address, require_fitting
+from d2_distill.config.pretrained import corrections
+from d2_distill.config.reading import read_config
 from d2_distill.detectors.building import DISTILLER, build_detector, plain_config
 from d2_distill.distiller import inherit
 from d2_distill.engine.setup import load_config
@@ -183,6 +186,8 @@ def test_builds(path):
     with expectation, NoRandomFill():
         student = stage_detector(build_detector(cfg))
         assert student.num_classes > 0
+        if is_address(cfg.MODEL.WEIGHTS):
+            require_fitting(student.model, cfg.MODEL.WEIGHTS)
         teacher = None
         if other is not None:
             teacher = Teacher(build_detector(other), input_format=other.INPUT.FORMAT, cfg=other)
@@ -194,6 +199,13 @@ def test_builds(path):
                 assert_published_crosskd(Path(path).stem, methods)
             if path.startswith("configs/head/"):
                 published_head.assert_weights(Path(path).stem, methods)
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_pixels_are_those_of_the_weights(path):
+    """Nothing is left to be corrected, so that the config is right without the file's ``MODEL.WEIGHTS``, too."""
+    cfg = read_config(path, [], source=path)
+    assert not is_address(cfg.MODEL.WEIGHTS) or not corrections(cfg, cfg.MODEL.WEIGHTS)
 
 
 def assert_published_crosskd(name: str, methods) -> None:

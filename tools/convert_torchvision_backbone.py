@@ -4,23 +4,24 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import pickle
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project need not be installed
 
 import numpy as np
 import torch
-import torchvision
 
 from d2_distill.apps.command_line.files import whole_file
-from d2_distill.apps.conversion import Tensors, is_state_dict, read_tensors, require_new_file, resnet_rules
+from d2_distill.apps.conversion import Tensors, is_state_dict, read_tensors, require_new_file
+from d2_distill.checkpoint.torchvision import identified_rules
 from d2_distill.errors import UserError, reported
 
 EXAMPLE = """
+train_net.py needs no conversion: it reads such files, and MODEL.WEIGHTS torchvision://resnet18 (docs/checkpoints.md).
+Convert for other programs that use Detectron2.
+
 Example:
   python tools/convert_torchvision_backbone.py resnet18-f37072fd.pth resnet18.pkl
 and then, in the config of the detector:
@@ -36,46 +37,6 @@ build_swin_fpn_backbone (MODEL.SWIN.IMPLEMENTATION torchvision). For weights in 
 elsewhere, set means, FORMAT and MODEL.MOBILENETV2.SAME_PADDING as there.
 """
 
-# Models of torchvision -> how Detectron2's names, or the project's, are made from theirs. What no rule fits (the
-# classifier) gets a name that no detector has.
-_SAME_NAMES = ((r"(features\..+)", r"\1"),)
-RULES = {
-    ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"): tuple(resnet_rules("", "")),
-    ("mobilenet_v2",): _SAME_NAMES,
-    ("swin_t", "swin_s"): _SAME_NAMES,  # swin_b has swin_s's names
-}
-# Batch norms' counters, which older checkpoints lack.
-_OPTIONAL = "num_batches_tracked"
-
-
-def identify(state_dict: dict[str, torch.Tensor], source: str) -> Sequence[tuple]:
-    """The rules of the architecture whose names are those of the state dict.
-
-    Raises:
-        UserError: there is none; the message names ``source``, and what differs from the most similar one.
-    """
-    names = _required(state_dict)
-    models = {model: rules for models, rules in RULES.items() for model in models}
-    model = min(models, key=lambda model: len(_names(model) ^ names))
-    differences = {"lacks": _names(model) - names, "has the unknown": names - _names(model)}
-    found = [f"{what} {', '.join(sorted(which)[:3])}" for what, which in differences.items() if which]
-    if found:
-        raise UserError(
-            f"{source} does not hold a torchvision ResNet, MobileNetV2 or Swin Transformer: compared with the most "
-            f"similar, {model}, it {' and '.join(found)}."
-        )
-    return models[model]
-
-
-@functools.lru_cache(maxsize=None)
-def _names(model: str) -> frozenset[str]:
-    with torch.device("meta"):
-        return _required(torchvision.models.get_model(model).state_dict())
-
-
-def _required(names: Iterable[str]) -> frozenset[str]:
-    return frozenset(name for name in names if not name.endswith(_OPTIONAL))
-
 
 def convert(state_dict: dict[str, torch.Tensor], source: str = "The checkpoint") -> dict:
     """The content of a Detectron2 ``.pkl`` file for the state dict of a torchvision model.
@@ -83,11 +44,11 @@ def convert(state_dict: dict[str, torch.Tensor], source: str = "The checkpoint")
     ``layer1.0.bn2.bias`` of a ResNet becomes ``res2.0.conv2.norm.bias``; names of the others stay.
 
     Raises:
-        UserError: see :func:`identify`.
+        UserError: see :func:`d2_distill.checkpoint.torchvision.identified_rules`.
     """
     tensors = Tensors(state_dict, source)
-    model = tensors.take(identify(state_dict, source))
-    # As Detectron2's own converter names it.
+    model = tensors.take(identified_rules(state_dict, source))
+    # As Detectron2's own converter names it. No detector has such names.
     model.update((f"stem.{name}", value) for name, value in tensors.left.items())
     model = {name: value.detach().numpy() for name, value in model.items()}
     return {"model": model, "__author__": "torchvision", "matching_heuristics": True}

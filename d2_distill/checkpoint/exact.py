@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import UserError
 from .slimmable import fit_to_model, require_filled
+from .torchvision import fit_classifier, is_address
 
 
 class _ExactCheckpointer(DetectionCheckpointer):
@@ -24,10 +25,10 @@ class _ExactCheckpointer(DetectionCheckpointer):
 
 
 class TrainingCheckpointer(_ExactCheckpointer):
-    """Detectron2's, which also takes published weights of slimmable networks, under any file name.
+    """Detectron2's, which also takes published weights of slimmable networks and of classifiers in torchvision's names,
+    under any file name.
 
-    Loading raises UserError where a slimmable backbone is not filled completely, or where the model has none for
-    such weights.
+    Loading raises UserError where such weights do not fill the backbone completely.
     """
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +39,10 @@ class TrainingCheckpointer(_ExactCheckpointer):
 
     def _load_file(self, filename: str) -> Any:
         checkpoint = super()._load_file(filename)
-        checkpoint["model"] = fit_to_model(checkpoint["model"], self.model, filename)
+        state = fit_to_model(checkpoint["model"], self.model, filename)
+        if "__author__" not in checkpoint:  # others are matched with the backbone's names by Detectron2
+            state = fit_classifier(state, self.model, filename)
+        checkpoint["model"] = state
         return checkpoint
 
 
@@ -85,6 +89,11 @@ def load_exactly(model: nn.Module, weights: str, *, key: str) -> None:
     """
     if not weights:
         raise UserError(f"{key} is empty; name the checkpoint of the model.")
+    if is_address(weights):
+        raise UserError(
+            f"{key}: {weights} names the weights of a classifier, which only training can start from; name the "
+            "checkpoint of a trained detector."
+        )
     require_file(weights, key=key)
     checkpointer = _ExactCheckpointer(model)
     with readable(weights, key=key):

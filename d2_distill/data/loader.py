@@ -50,6 +50,11 @@ def build_train_loader(
     elif seed is None:
         seed = comm.shared_random_seed()
     records, sizes = _training_records(cfg)
+    if total_batch_size > len(records):
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {total_batch_size}, but DATASETS.TRAIN has {len(records)} images to train on; lower it "
+            f"to {len(records)} or less."
+        )
     mapper = mapper or CheckedDatasetMapper(cfg, is_train=True)
     num_workers = cfg.DATALOADER.NUM_WORKERS
     return DataLoader(

@@ -17,8 +17,10 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint.exact import require_file
+from ..checkpoint.torchvision import check_pretrained, is_address
 from ..config.model_zoo import find_config
 from ..config.named_teacher import name_teacher, resolve_run_folder
+from ..config.pretrained import with_pretrained_inputs
 from ..config.reading import read_config
 from ..data.checks import check_datasets
 from ..data.classes import check_outputs, dataset_classes, with_classes
@@ -86,7 +88,7 @@ def _with_checked_data(args: argparse.Namespace) -> CfgNode:
         UserError: a config or a data set cannot be used.
     """
     named = {option: getattr(args, option, ()) for option in ("train_data", "test_data", "teacher")}
-    cfg = load_config(args.config_file, args.opts, **named)
+    cfg = load_config(args.config_file, args.opts, trained=args.eval_only, **named)
     used = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     register_datasets(cfg, names=(None, *used))  # None: a row whose name is malformed
     voc_convention(cfg.TEST.VOC_CONVENTION)
@@ -105,15 +107,18 @@ def load_config(
     train_data: Sequence[Sequence[str]] = (),
     test_data: Sequence[Sequence[str]] = (),
     teacher: Sequence[str] = (),
+    trained: bool = True,
 ) -> CfgNode:
     """The defaults, overridden by a config file or one of Detectron2's model zoo, overridden by a flat list of keys and
     values; frozen.
 
-    The detector has the classes of its data, see :func:`.data.classes.with_classes`.
+    The detector has the classes of its data, see :func:`.data.classes.with_classes`, and sees its images as ImageNet
+    weights of torchvision do if it starts from them, see :func:`.config.pretrained.with_pretrained_inputs`.
 
     Args:
         train_data, test_data: data sets in the place of those that the config names, see :func:`.data.own_sets.name_data`.
         teacher: the teacher, see :func:`.config.named_teacher.name_teacher`.
+        trained: whether ``MODEL.WEIGHTS`` of ``opts`` is the result of a training with the config file, not its start.
 
     Raises:
         UserError: the file is missing, or a key or the type of a value is wrong, or there is no such data.
@@ -122,6 +127,7 @@ def load_config(
     if config_file:
         config_file = find_config(config_file, key="The config")
     cfg = read_config(config_file, opts, source=source)
+    cfg = with_pretrained_inputs(cfg, config_file=config_file, opts=opts, trained=trained)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU.", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
@@ -166,8 +172,28 @@ def _initialised(cfg: CfgNode, resume: bool) -> nn.Module:
         require_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
     distils = cfg.MODEL.META_ARCHITECTURE == DISTILLER
     model = build_model(cfg) if distils else build_detector(cfg)
-    check_outputs(cfg, model.student if distils else model)
+    student = model.student if distils else model
+    check_outputs(cfg, student)
+    if is_address(cfg.MODEL.WEIGHTS) and not resumes:
+        _check_pretrained(cfg, student)
     return model.prepare_training() if distils else model
+
+
+def _check_pretrained(cfg: CfgNode, student: nn.Module) -> None:
+    """Let one process of each machine download and check the weights that the trainers of all load.
+
+    Raises:
+        UserError: in all processes, see :func:`.checkpoint.torchvision.check_pretrained`.
+    """
+    refusal = None
+    if comm.get_local_rank() == 0:
+        try:
+            check_pretrained(student, cfg.MODEL.WEIGHTS)
+        except UserError as error:
+            refusal = str(error)
+    for found in comm.all_gather(refusal):
+        if found is not None:
+            raise UserError(found)
 
 
 def _of_evaluation(cfg: CfgNode) -> CfgNode:

@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.exact import TrainingCheckpointer, readable
+from ..checkpoint.torchvision import is_address, load_pretrained
+from ..config.pretrained import require_corrected
 from ..data.loader import build_test_loader, build_train_loader
 from ..data.mapper import CheckedDatasetMapper
 from ..distiller import Distiller
@@ -34,6 +36,7 @@ from .early_stop import EarlyStopping, StoppableLoop
 from .evaluation import PeriodicEvaluation
 from .hooks import LossNormalizers, SeedEveryStep, StopOnSignal, TrainingClock
 from .optimizer import build_optimizer
+from .run_summary import log_summary
 from .retention import RecentCheckpoints
 
 
@@ -122,9 +125,14 @@ class Trainer(DefaultTrainer, StoppableLoop):
     def resume_or_load(self, resume: bool = True) -> None:
         resumes = resume and self.checkpointer.has_checkpoint()
         weights = self.checkpointer.get_checkpoint_file() if resumes else self.cfg.MODEL.WEIGHTS
-        with readable(weights, key="OUTPUT_DIR" if resumes else "MODEL.WEIGHTS"):
-            super().resume_or_load(resume=resume)
         model = getattr(self.model, "module", self.model)
+        with readable(weights, key="OUTPUT_DIR" if resumes else "MODEL.WEIGHTS"):
+            if is_address(weights):
+                require_corrected(self.cfg)
+                student = model.student if isinstance(model, Distiller) else model
+                load_pretrained(student, weights, input_format=self.cfg.INPUT.FORMAT)
+            else:
+                super().resume_or_load(resume=resume)
         if isinstance(model, Distiller) and weights and not resumes:
             model.inherit()
 
@@ -132,6 +140,9 @@ class Trainer(DefaultTrainer, StoppableLoop):
         self._trainer.data_loader = build_train_loader(
             self.cfg, start_iter=self.start_iter, seed=self._seeding.seed
         )
+        if comm.is_main_process():
+            model = getattr(self.model, "module", self.model)
+            log_summary(self.cfg, model, images=len(self._trainer.data_loader.dataset))
         # A scripted function (the focal loss) rounds differently once it is optimised, after its first calls
         # in a process. On GPUs, where runs do not repeat to the bit anyway, that saves much memory.
         with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):

@@ -266,7 +266,8 @@ def test_weights_of_another_network_are_refused(tmp_path, published_small, overr
 def test_weights_of_an_ordinary_network_are_refused(tmp_path):
     """Instead of a start from scratch, with a warning, that nobody reads."""
     torch.save({"model": torchvision.models.resnet18().state_dict()}, tmp_path / "resnet18.pth")
-    with pytest.raises(UserError, match="resnet18.pth does not fill the slimmable backbone; .*stem.conv1.weight"):
+    message = "resnet18.pth does not fit the backbone, a SlimmableResNet: .*stem.conv1.weight.* use the published"
+    with pytest.raises(UserError, match=message):
         trainer(detector_cfg("OpenMMLabFCOS", **small()), tmp_path, str(tmp_path / "resnet18.pth"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .files import require_new_file, require_pairs, save_converted, save_detector
-from .parts import TORCHVISION_STYLE, faster_rcnn_settings, pyramid, resnet, resnet_rules
+from .parts import TORCHVISION_STYLE, faster_rcnn_settings, pyramid, resnet
 from .reading import is_state_dict, read_tensors
 from .result import Conversion, merged
 from .tensors import Converted, Tensors
@@ -21,7 +21,6 @@ __all__ = [
     "require_new_file",
     "require_pairs",
     "resnet",
-    "resnet_rules",
     "save_converted",
     "save_detector",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
+from ...checkpoint.torchvision import resnet_rules
+from ...config.pretrained import PIXEL_MEAN, PIXEL_STD
 from ...errors import UserError
 from .tensors import Converted, Tensors
 
@@ -18,8 +19,8 @@ _DEPTHS = {
 }
 # How torchvision's ImageNet weights see images, and where their ResNets have the stride.
 TORCHVISION_STYLE: dict[str, Any] = {
-    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "MODEL.PIXEL_MEAN": list(PIXEL_MEAN),
+    "MODEL.PIXEL_STD": list(PIXEL_STD),
     "INPUT.FORMAT": "RGB",
     "MODEL.RESNETS.STRIDE_IN_1X1": False,
 }
@@ -46,19 +47,6 @@ def resnet(tensors: Tensors, *, two_stage: bool, prefix: str) -> Converted:
 def _stages(two_stage: bool) -> list[str]:
     """What the pyramid stands on."""
     return [f"res{level}" for level in range(2 if two_stage else 3, 6)]
-
-
-def resnet_rules(prefix: str, ours: str) -> Iterator[tuple[str, str]]:
-    """Of :meth:`Tensors.take`: torchvision's names behind the pattern ``prefix`` to Detectron2's behind ``ours``."""
-    yield prefix + r"conv1\.weight", ours + "stem.conv1.weight"
-    yield prefix + r"bn1\.(\w+)", ours + r"stem.conv1.norm.\1"
-    for stage in range(1, 5):
-        block, our_block = rf"{prefix}layer{stage}\.(\d+)\.", rf"{ours}res{stage + 1}.\1."
-        yield block + r"conv(\d)\.weight", our_block + r"conv\2.weight"
-        yield block + r"bn(\d)\.(\w+)", our_block + r"conv\2.norm.\3"
-        yield block + r"conv2\.conv_offset\.(\w+)", our_block + r"conv2_offset.\2"
-        yield block + r"downsample\.0\.weight", our_block + "shortcut.weight"
-        yield block + r"downsample\.1\.(\w+)", our_block + r"shortcut.norm.\2"
 
 
 def _resnet_settings(tensors: Tensors, prefix: str) -> dict[str, Any]:
