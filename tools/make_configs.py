@@ -45,7 +45,6 @@ def report(recipe: Recipe) -> str:
     costs = {}
     for role in ("teacher", "student"):
         cfg = parsed(recipe.config(role, ""))
-        cfg.MODEL.DEVICE = "cpu"
         cost = costs[role] = Cost.of(build_detector(cfg), (recipe.shorter_side, recipe.side))
         backbone, schedule = getattr(recipe, role), recipe.schedules[role]
         lines.append(

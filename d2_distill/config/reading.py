@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 
+import torch
 from detectron2.config import CfgNode as CN
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
 from .keys import get_distill_cfg
 from .user_code import add_user_config
+
+logger = logging.getLogger(__name__)
 
 
 def read_config(config_file: str, opts: Sequence, *, source: str) -> CN:
@@ -39,6 +43,13 @@ def read_config(config_file: str, opts: Sequence, *, source: str) -> CN:
     methods = cfg.MODEL.DISTILL.METHODS
     cfg.MODEL.DISTILL.METHODS = (methods,) if isinstance(methods, str) else tuple(methods or ())
     return cfg
+
+
+def use_available_device(cfg: CN) -> None:
+    """Let the CPU take the place of a GPU that is not there, and say so."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU.", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
 
 
 def split_overrides(values: Sequence[str]) -> tuple[list[str], list[str]]:

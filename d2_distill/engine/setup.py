@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Sequence
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.modeling import build_model
@@ -21,7 +20,7 @@ from ..checkpoint.torchvision import check_pretrained, is_address
 from ..config.model_zoo import find_config
 from ..config.named_teacher import name_teacher, resolve_run_folder
 from ..config.pretrained import with_pretrained_inputs
-from ..config.reading import read_config
+from ..config.reading import read_config, use_available_device
 from ..data.checks import check_datasets
 from ..data.classes import check_outputs, dataset_classes, with_classes
 from ..data.loaded import keep_only
@@ -128,9 +127,7 @@ def load_config(
         config_file = find_config(config_file, key="The config")
     cfg = read_config(config_file, opts, source=source)
     cfg = with_pretrained_inputs(cfg, config_file=config_file, opts=opts, trained=trained)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU.", cfg.MODEL.DEVICE)
-        cfg.MODEL.DEVICE = "cpu"
+    use_available_device(cfg)
     name_data(cfg, train_data, test_data)
     name_teacher(cfg, teacher)
     resolve_run_folder(cfg)

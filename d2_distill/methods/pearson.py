@@ -36,6 +36,7 @@ class PKD(DistillMethod):
 
     KEY = "MODEL.DISTILL.PKD"
     WEIGHT_KEYS = {"loss_pkd": "WEIGHT"}
+    RATIOS = {"loss_pkd": 3.0}  # on scenes and blood cells ahead of 1
 
     def __init__(self, *, pairs: list[FeaturePair], **kwargs) -> None:
         super().__init__(**kwargs)

@@ -13,20 +13,20 @@ from .objects import Objects
 STRIDES = (8, 16, 32)  # P3 to P5
 # Anchor side in strides, of which the one is chosen that reaches most objects.
 SCALES = (2, 3, 4, 6, 8)
-# This percentile of the objects shall have at least this side, two cells of the finest level.
-SMALL_PERCENTILE, SMALL_SIDE = 20, 16
+# This percentile of the objects shall have at least this side, three cells of the finest level.
+SMALL_PERCENTILE, SMALL_SIDE = 20, 24
 SIDE_STEP = 32  # what backbones pad images to
 SMALLEST_SIDE = 96
-# Passes over the data fall with the root of the number of images: 12 for COCO's 118,000, as in its 1x schedule.
-PASSES_OF_COCO, IMAGES_OF_COCO = 12, 118_000
-FEWEST_PASSES, MOST_PASSES = 12, 150
-# From scratch a detector needs about twice as many.
-SCRATCH_FACTOR = 2
+# Images that a training sees, within bounds of passes over the data; the fewest are those of COCO's 1x schedule. From
+# scratch a detector needs about twice as many.
+VIEWS_PRETRAINED, VIEWS_SCRATCH = 20_000, 40_000
+FEWEST_PASSES, MOST_PASSES = 12, 60
 FEWEST_IN_BUDGET = 10
 # AdamW at a batch of 8; another batch changes it with its root, the usual rule for Adam.
 RATE_PRETRAINED, RATE_SCRATCH, RATE_BATCH = 0.001, 0.002, 8
 WARMUP = 0.05
 EVALUATIONS = 10
+MOST_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(longest_side=256, channels=64, convs=2, batch=8),
+    "tiny": Size(longest_side=192, channels=64, convs=2, batch=8),
     "small": Size(longest_side=448, channels=96, convs=3, batch=8),
     "medium": Size(longest_side=800, channels=128, convs=4, batch=16),
 }
@@ -87,11 +87,15 @@ def learning_rate(batch: int, pretrained: bool) -> float:
     return float(f"{rate * math.sqrt(batch / RATE_BATCH):.2g}")
 
 
+def workers(cores: int) -> int:
+    """Return the processes that load images: one core is left to the training."""
+    return min(max(cores - 1, 0), MOST_WORKERS)
+
+
 def passes(images: int, pretrained: bool) -> float:
     """Return passes over the training images without a budget."""
-    count = PASSES_OF_COCO * math.sqrt(IMAGES_OF_COCO / images)
-    count = min(max(count if pretrained else count * SCRATCH_FACTOR, FEWEST_PASSES), MOST_PASSES)
-    return round(count)
+    count = (VIEWS_PRETRAINED if pretrained else VIEWS_SCRATCH) / images
+    return round(min(max(count, FEWEST_PASSES), MOST_PASSES))
 
 
 def iterations(images: int, batch: int, count: float) -> int:

@@ -41,10 +41,10 @@ def _resnet(depth: int) -> Backbone:
 _MOBILENET = Backbone("MobileNetV2", "build_mobilenet_v2_fpn_backbone", "torchvision://mobilenet_v2")
 # (size, whether pretrained) -> student, teacher. None has fewer than 3 levels, and each teacher is the larger one.
 PAIRS = {
-    ("tiny", True): (_MOBILENET, _resnet(34)),
+    ("tiny", True): (_MOBILENET, _resnet(18)),
     ("small", True): (_MOBILENET, _resnet(50)),
     ("medium", True): (_resnet(18), _resnet(101)),
-    ("tiny", False): (_narrow(16), _narrow(48)),
+    ("tiny", False): (_narrow(16), _narrow(32)),
     ("small", False): (_narrow(32), _narrow(64)),
     ("medium", False): (_narrow(64), _narrow(64, depth=34)),
 }

@@ -11,6 +11,8 @@ import yaml
 from detectron2.config import CfgNode
 
 from ...config.keys import get_distill_cfg
+from ...config.reading import use_available_device
+from ...data.classes import with_classes
 from ...data.own_sets import name_data
 from ...data.registration import register_datasets
 from ...errors import UserError
@@ -81,7 +83,7 @@ def make_recipe(
     names = [name for each in train for name in each.class_names]
     recipe = Recipe(
         name, _data_keys(cfg), list(dict.fromkeys(names)), head, limits, objects, side,
-        choices.anchor_scale(objects, side), student, teacher, {"student": schedule, "teacher": schedule},
+        choices.anchor_scale(objects, side), student, teacher, {"student": schedule, "teacher": schedule}, choices.workers(os.cpu_count() or 1),
     )
     if budget is not None:
         for role in ("student", "teacher"):
@@ -99,8 +101,9 @@ def parsed(text: str) -> CfgNode:
     cfg = get_distill_cfg()
     cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(text)))
     cfg.MODEL.WEIGHTS = ""
+    use_available_device(cfg)
     register_datasets(cfg, names=(*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-    return cfg
+    return with_classes(cfg)
 
 
 def write(recipe: Recipe, folder: Path, *, overwrite: bool) -> list[Path]:

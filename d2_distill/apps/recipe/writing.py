@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .choices import FEWEST_PASSES, RATE_BATCH, SMALL_PERCENTILE, SMALL_SIDE, Size, anchors
+from .choices import (
+    FEWEST_PASSES,
+    MOST_PASSES,
+    RATE_BATCH,
+    SMALL_PERCENTILE,
+    SMALL_SIDE,
+    VIEWS_PRETRAINED,
+    VIEWS_SCRATCH,
+    Size,
+    anchors,
+)
 from .detectors import LEVELS, STAGES, Backbone, head_keys
 from .objects import Objects
 
@@ -55,6 +65,7 @@ class Recipe:
     student: Backbone
     teacher: Backbone
     schedules: dict[str, Schedule]
+    workers: int
 
     @property
     def shorter_side(self) -> int:
@@ -95,6 +106,8 @@ class Recipe:
             "  # Test as you train: at another size a detector this small finds little.",
             f"  MIN_SIZE_TEST: {self.shorter_side}",
             f"  MAX_SIZE_TEST: {self.side}",
+            "DATALOADER:",
+            f"  NUM_WORKERS: {self.workers}  # of the cores of the machine that wrote this, but one",
             "MODEL:",
             f'  META_ARCHITECTURE: "{self.head}"',
             f'  WEIGHTS: "{backbone.weights}"',
@@ -152,9 +165,9 @@ class Recipe:
 
 def schedule_reason(pretrained: bool, budget: str | None) -> str:
     """Return where a number of passes is from."""
-    rule = f"12 for COCO's 118,000, more for fewer by the root, at least {FEWEST_PASSES}"
-    rule += "" if pretrained else "; twice as many from scratch"
-    return f"what fits into {budget}" if budget else rule
+    views = VIEWS_PRETRAINED if pretrained else VIEWS_SCRATCH
+    rule = f"about {views} images seen {'from ImageNet weights' if pretrained else 'from scratch'}"
+    return f"what fits into {budget}" if budget else f"{rule}, but {FEWEST_PASSES} to {MOST_PASSES} passes"
 
 
 def _flow(value: Any) -> str:
