@@ -72,6 +72,7 @@ class Distiller(nn.Module):
         self.inherited = inherited
         self.gradient_ratio_period = gradient_ratio_period
         self._unchecked_steps = CHECKED_STEPS
+        self._last_report = -1
         self._build_teaching = build_teaching
         self._take(teacher, nn.ModuleDict() if methods is None else methods)
         if build_teaching is None:
@@ -205,7 +206,8 @@ class Distiller(nn.Module):
         storage = get_event_storage()
         features = list(student.features.values())
         period = self.gradient_ratio_period
-        is_due = period > 0 and (storage.iter + 1) % period == 0
+        # A step may come in several parts, of which the first one is reported.
+        is_due = period > 0 and (storage.iter + 1) % period == 0 and storage.iter != self._last_report
         losses: dict[str, torch.Tensor] = {}
         measured: list[WeightedTerm] = []
         for name, method in self.methods.items():
@@ -222,6 +224,7 @@ class Distiller(nn.Module):
                 if is_due and name in running:
                     measured.append(method.weighted_term(term, value, storage.iter))
         if measured:
+            self._last_report = storage.iter
             report_ratios(list(student.losses.values()), measured, features)
         return losses
 
