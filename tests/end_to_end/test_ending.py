@@ -23,6 +23,7 @@ from .runs import (
 )
 
 EVERYTHING = {
+    "MODEL": {"DISTILL": {"GRADIENT_RATIO_PERIOD": 4}},
     "SOLVER": {
         "BASE_LR": 0.01,
         "IMS_PER_BATCH": 4,
@@ -71,6 +72,8 @@ def test_what_a_run_leaves(whole):
     assert best["best"]["value"] >= max(found.values()) > 0
     assert best["best"]["iteration"] in (2, 5, 7)
     assert best["best"]["metric"] == "bbox/AP"
+    # Reported once a step, although a step has two parts.
+    assert (whole.folder / "log.txt").read_text().count("Gradients at the features") == 2
 
 
 def test_periodic_checkpoints_hold_the_trained_weights_and_the_final_one_their_average(whole):
