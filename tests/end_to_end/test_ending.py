@@ -23,7 +23,6 @@ from .runs import (
 )
 
 EVERYTHING = {
-    "MODEL": {"DISTILL": {"GRADIENT_RATIO_PERIOD": 4}},
     "SOLVER": {
         "BASE_LR": 0.01,
         "IMS_PER_BATCH": 4,
@@ -50,14 +49,11 @@ def checkpoints(folder):
 
 
 @pytest.fixture(scope="module")
-def special(teacher):
-    return distiller(teacher.config, teacher.weights, "CrossKD", "PKD", "FeatureImitation")
-
-
-@pytest.fixture(scope="module")
-def whole(server, data, runs, special):
+def whole(server, data, runs, teacher):
     """A distillation with all of it that is not interrupted."""
-    config = write_config(runs / "everything.yaml", TINY, data, special, EVERYTHING)
+    methods = distiller(teacher.config, teacher.weights, "CrossKD", "PKD", "FeatureImitation")
+    methods["MODEL"]["DISTILL"]["GRADIENT_RATIO_PERIOD"] = 4
+    config = write_config(runs / "everything.yaml", TINY, data, methods, EVERYTHING)
     server.run("--config-file", config, "OUTPUT_DIR", runs / "everything", script=RECORDER).succeeded()
     return Trained(config, runs / "everything")
 
@@ -185,6 +181,30 @@ def test_run_that_was_killed_before_it_could_stop(server, data, tmp_path):
     assert_equal(left["model"], right["model"])
     assert_equal(left["trainer"]["_trainer"], right["trainer"]["_trainer"])
     assert left["trainer"]["hooks"]["EarlyStopping"] == right["trainer"]["hooks"]["EarlyStopping"]
+
+
+def test_first_of_several_test_sets_decides(server, data, tmp_path):
+    config = write_config(tmp_path / "config.yaml", TINY, data, EVERYTHING, {"SOLVER": {"MAX_ITER": 3}})
+    arguments = ("--config-file", config, "OUTPUT_DIR", tmp_path / "out", "DATASETS.TEST", "('train_set', 'val_set')")
+    server.run(*arguments).succeeded()
+    best = checkpoint(tmp_path / "out" / "model_best.pth")["best"]
+    values = scalars(tmp_path / "out")
+    assert (best["test_set"], best["value"]) == ("train_set", values["train_set/bbox/AP"])
+    assert values["train_set/bbox/AP"] != values["val_set/bbox/AP"]
+
+
+def test_pascal_voc(server, voc_data, tmp_path):
+    config = write_config(tmp_path / "config.yaml", TINY, voc_data, EVERYTHING, {"SOLVER": {"MAX_ITER": 3}})
+    server.run("--config-file", config, "OUTPUT_DIR", tmp_path / "out").succeeded()
+    best = checkpoint(tmp_path / "out" / "model_best.pth")["best"]
+    assert best["value"] == scalars(tmp_path / "out")["bbox/AP"]
+
+
+def test_best_checkpoint_can_be_switched_off(server, data, tmp_path):
+    config = write_config(tmp_path / "config.yaml", TINY, data, {"SOLVER": {"MAX_ITER": 2}})
+    for name, opts in {"off": ("TEST.EVAL_PERIOD", 1, "TEST.SAVE_BEST", False), "no period": ()}.items():
+        server.run("--config-file", config, "OUTPUT_DIR", tmp_path / name, *opts).succeeded()
+        assert checkpoints(tmp_path / name) == ["model_final.pth"]
 
 
 @pytest.mark.parametrize("opts, sentence", [
