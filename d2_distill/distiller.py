@@ -78,6 +78,7 @@ class Distiller(nn.Module):
         self.gradient_ratio_period = gradient_ratio_period
         self.balance_period = balance_period
         self._unchecked_steps = CHECKED_STEPS
+        self._last_measured = -1
         self._build_teaching = build_teaching
         self._take(teacher, nn.ModuleDict() if methods is None else methods)
         if build_teaching is None:
@@ -243,8 +244,10 @@ class Distiller(nn.Module):
         iteration, period, balance = get_event_storage().iter, self.gradient_ratio_period, self.balance
         reports = period > 0 and (iteration + 1) % period == 0
         balances = balance is not None and balance.is_due(iteration)
-        if not running or not (reports or balances):
+        # A step may come in several parts, of which the first one is measured.
+        if not running or not (reports or balances) or iteration == self._last_measured:
             return
+        self._last_measured = iteration
         terms = [
             method.weighted_term(term, values[term], iteration, is_balanced=balance is not None)
             for method in running.values()

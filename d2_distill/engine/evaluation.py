@@ -73,7 +73,7 @@ class PeriodicEvaluation(HookBase):
 
     def _evaluate(self, iteration: int) -> None:
         with self._weights():
-            share_buffers(self.trainer.model)
+            share_buffers(self.trainer.checkpointer.model)
             results = self.trainer.evaluate()
             if results:
                 self.trainer.storage.put_scalars(**flatten_results_dict(results), smoothing_hint=False)
