@@ -20,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 
 from d2_distill.apps.command_line.arguments import whole_number
 from d2_distill.apps.command_line.progress import StepProgress
-from d2_distill.apps.data_check.inspection import Inspection, inspect_annotations, inspect_images, samples
+from d2_distill.apps.data_check.inspection import TRAIN, Inspection, inspect_annotations, inspect_images, samples
 from d2_distill.apps.data_check.statistics import class_table, set_table
 from d2_distill.apps.pictures import class_color, draw_boxes, ground_truth, name_of, write_picture
+from d2_distill.apps.recipe.objects import Objects
+from d2_distill.apps.recipe.table import scale_table
 from d2_distill.config.model_zoo import find_config
 from d2_distill.config.reading import read_config
 from d2_distill.data.own_sets import add_data_arguments, name_data
@@ -31,7 +33,7 @@ from d2_distill.errors import reported
 
 
 def report(inspections: Sequence[Inspection], examples: int) -> str:
-    """All problems, grouped by data set and kind, and two tables."""
+    """All problems, grouped by data set and kind, and tables."""
     lines: list[str] = []
     for inspection in inspections:
         lines.append(f"{inspection.name} ({', '.join(inspection.keys)}): {inspection.source or 'not found'}")
@@ -48,6 +50,10 @@ def report(inspections: Sequence[Inspection], examples: int) -> str:
             lines.append("  nothing to complain of")
         lines.append("")
     lines += [set_table(inspections), "", class_table(inspections), ""]
+    annotated = [row for each in inspections if TRAIN in each.keys for row in each.records if row["annotations"]]
+    if annotated:
+        lines += ["Objects to train on, at the image sizes of tools/make_configs.py:", ""]
+        lines += [scale_table(Objects.from_records(annotated)), ""]
     kinds = Counter(p.kind.is_error for each in inspections for p in each.problems)
     lines.append(f"{kinds[True]} errors, {kinds[False]} warnings")
     return "\n".join(lines)

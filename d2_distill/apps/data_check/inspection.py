@@ -33,7 +33,7 @@ TINY_SIDE = 8.0  # pixels: a cell of the finest map that most one-stage detector
 SAME_OBJECT_IOU = 0.95
 _HASH_SIDE = 8
 _ORIENTATION = 0x0112  # of EXIF
-_TRAIN, _TEST = "DATASETS.TRAIN", "DATASETS.TEST"
+TRAIN, TEST = "DATASETS.TRAIN", "DATASETS.TEST"
 
 
 @dataclass
@@ -79,7 +79,7 @@ def inspect_annotations(cfg) -> list[Inspection]:
         UserError: both are empty.
     """
     keys: dict[str, list[str]] = defaultdict(list)
-    for key, names in ((_TRAIN, cfg.DATASETS.TRAIN), (_TEST, cfg.DATASETS.TEST)):
+    for key, names in ((TRAIN, cfg.DATASETS.TRAIN), (TEST, cfg.DATASETS.TEST)):
         for name in names:
             if key not in keys[name]:
                 keys[name].append(key)
@@ -102,7 +102,7 @@ def _inspect(cfg, name: str, keys: list[str], default_class_names: Sequence[str]
         return inspection
     inspection.records = check_records(records, inspection.class_names, inspection.problems.append)
     if records or not any(problem.kind.is_error for problem in inspection.problems):
-        check_content(records, inspection.records, inspection.problems.append, train=_TRAIN in keys)
+        check_content(records, inspection.records, inspection.problems.append, train=TRAIN in keys)
     annotated = {record["file_name"] for record in records if record.get("annotations")}
     for record in inspection.records:
         if record["file_name"] not in annotated:
@@ -128,7 +128,7 @@ def _read(cfg, inspection: Inspection, default_class_names: Sequence[str]) -> tu
     if isinstance(files, CocoFiles):
         inspection.source = f"{files.json_file}, images in {files.image_root}"
         inspection.prefixes = (f"{files.json_file}: ", os.path.join(files.image_root, ""))
-        content = read_coco(files.json_file, files.image_root, found, evaluated=_TEST in inspection.keys)
+        content = read_coco(files.json_file, files.image_root, found, evaluated=TEST in inspection.keys)
         return content.records, content.class_names
     if isinstance(files, VocFiles):
         inspection.source = f"{files.dirname}, split {files.split}"
@@ -218,10 +218,10 @@ def _compare_class_lists(inspections: Sequence[Inspection], expected: Sequence[s
         seen[inspection.name] = inspection.class_names
     trained = {
         name
-        for inspection in known if _TRAIN in inspection.keys
+        for inspection in known if TRAIN in inspection.keys
         for name, count in zip(inspection.class_names, inspection.boxes_of_classes()) if count
     }
-    if not any(_TRAIN in inspection.keys and inspection.records for inspection in known):
+    if not any(TRAIN in inspection.keys and inspection.records for inspection in known):
         return
     for inspection in known:
         for name, count in zip(inspection.class_names, inspection.boxes_of_classes()):
@@ -340,7 +340,7 @@ def _tell_equal_images(inspections: Sequence[Inspection], looks: dict[str, _Look
                 other = first.setdefault(value, path)
                 if other != path and not _told(looks, attribute, path, other):
                     inspection.tell(same, f"{path} and {other}")
-                if _TRAIN in inspection.keys:
+                if TRAIN in inspection.keys:
                     trained[value].append(path)
                 elif path in trained[value]:
                     if attribute == "digest":
