@@ -33,13 +33,15 @@ help:  ## list the targets
 
 install: $(INSTALLED)  ## make the environment, or bring it up to date with setup.py
 
-quickstart: $(INSTALLED)  ## train a teacher, a plain and a distilled student on small real data, and compare them
+quickstart: $(INSTALLED)  ## train a teacher, a plain and a distilled student on small real data, compare and export
 	$(RUN) datasets/prepare_quickstart.py
 	$(ONE_THREAD) $(RUN) train_net.py --config-file configs/quickstart/teacher.yaml --resume
 	$(ONE_THREAD) $(RUN) train_net.py --config-file configs/quickstart/student.yaml --resume
 	$(ONE_THREAD) $(RUN) train_net.py --config-file configs/quickstart/distilled.yaml --resume
 	$(ONE_THREAD) $(RUN) tools/compare.py --output $(OUTPUT)/comparison --baseline plain \
 	  $(OUTPUT)/teacher plain=$(OUTPUT)/student $(OUTPUT)/distilled
+	$(ONE_THREAD) $(RUN) tools/export.py onnx --config-file $(OUTPUT)/distilled/config.yaml --output $(OUTPUT)/student.onnx \
+	  MODEL.WEIGHTS $(OUTPUT)/distilled/model_final.pth
 
 test: $(INSTALLED)  ## run the tests
 	$(ONE_THREAD) $(RUN) -m pytest tests -q -n 2 --dist loadfile
