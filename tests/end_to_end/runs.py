@@ -249,6 +249,7 @@ def assert_same_run(found: Path, expected: Path, *, iterations: Sequence[int]) -
     left, right = (checkpoint(folder / "model_final.pth") for folder in (found, expected))
     assert_equal(left["model"], right["model"])
     assert_equal(left.get("distill"), right.get("distill"))
+    assert_equal(left.get("balance"), right.get("balance"))
     assert_equal(left["trainer"]["_trainer"], right["trainer"]["_trainer"])
 
 

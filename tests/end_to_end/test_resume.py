@@ -44,10 +44,14 @@ ENDED = {
 }
 
 
-@pytest.mark.parametrize("kind", ["Distiller", "Ended methods", "Faster R-CNN", "TF-HEAD"])
+@pytest.mark.parametrize("kind", ["Distiller", "Balanced", "Ended methods", "Faster R-CNN", "TF-HEAD"])
 def test_killed_run_of_another_kind(server, data, teacher, tmp_path, kind):
     special = {
         "Distiller": distiller(teacher.config, teacher.weights, "CrossKD", "PKD", "FeatureImitation"),
+        "Balanced": merged(
+            distiller(teacher.config, teacher.weights, "CrossKD", "PKD"),
+            {"MODEL": {"DISTILL": {"BALANCE": "auto", "BALANCE_PERIOD": 2}}},
+        ),
         "Ended methods": merged(distiller(teacher.config, teacher.weights, "CrossKD", "PKD"), ENDED),
         "Faster R-CNN": FASTER_RCNN,
         "TF-HEAD": TF_HEAD,
