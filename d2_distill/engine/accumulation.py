@@ -103,5 +103,6 @@ def check_accumulation(cfg: CfgNode) -> None:
     if cfg.SOLVER.IMS_PER_BATCH % (processes * parts) and parts > 1:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} process{'es' * (processes > 1)} "
-            f"cannot compute in SOLVER.ACCUMULATION_STEPS {parts} equal parts each; make it a multiple of {processes * parts}."
+            f"cannot compute in SOLVER.ACCUMULATION_STEPS {parts} equal parts each; make it a multiple of "
+            f"{processes * parts}."
         )
