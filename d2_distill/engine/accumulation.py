@@ -95,12 +95,14 @@ def check_accumulation(cfg: CfgNode) -> None:
     parts = cfg.SOLVER.ACCUMULATION_STEPS
     if parts < 1:
         raise UserError(
-            f"SOLVER.ACCUMULATION_STEPS is {parts}; set it to the number of parts of a batch, or to 1 to compute it at once."
+            f"SOLVER.ACCUMULATION_STEPS is {parts}; set it to the number of parts of a batch, or to 1 for the "
+            "whole batch at once."
         )
     # With a reference, IMS_PER_BATCH is that of as many processes.
     processes = cfg.SOLVER.REFERENCE_WORLD_SIZE or comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % (processes * parts) and parts > 1:
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} process{'es' * (processes > 1)} cannot "
-            f"compute in SOLVER.ACCUMULATION_STEPS {parts} equal parts each; make it a multiple of {processes * parts}."
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} process{'es' * (processes > 1)} "
+            f"cannot compute in SOLVER.ACCUMULATION_STEPS {parts} equal parts each; make it a multiple of "
+            f"{processes * parts}."
         )

@@ -110,8 +110,8 @@ def check_averaging(cfg: CfgNode) -> None:
         raise UserError(f"SOLVER.EMA.DECAY is {ema.DECAY}; set it to a number between 0 and 1, such as 0.9998.")
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise UserError(
-            "TEST.PRECISE_BN.ENABLED recomputes the batch norm statistics of the trained weights, but SOLVER.EMA.ENABLED "
-            "evaluates their average; set one of them to False."
+            "TEST.PRECISE_BN.ENABLED recomputes the batch norm statistics of the trained weights, but "
+            "SOLVER.EMA.ENABLED evaluates their average; set one of them to False."
         )
 
 

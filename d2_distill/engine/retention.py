@@ -39,6 +39,6 @@ def check_retention(cfg: CfgNode) -> None:
     """
     if cfg.SOLVER.CHECKPOINTS_KEPT < 0:
         raise UserError(
-            f"SOLVER.CHECKPOINTS_KEPT is {cfg.SOLVER.CHECKPOINTS_KEPT}; set it to the number of periodic checkpoints to "
-            "keep, or to 0 to keep all."
+            f"SOLVER.CHECKPOINTS_KEPT is {cfg.SOLVER.CHECKPOINTS_KEPT}; set it to the number of periodic checkpoints "
+            "to keep, or to 0 to keep all."
         )

@@ -165,7 +165,7 @@ def test_gradients_are_scaled_before_they_are_summed_and_unscaled_once(monkeypat
 
 @pytest.mark.parametrize("opts, processes, sentence", [
     (["SOLVER.ACCUMULATION_STEPS", 0], 1, "SOLVER.ACCUMULATION_STEPS is 0; set it"),
-    (["SOLVER.ACCUMULATION_STEPS", 3], 1, "SOLVER.IMS_PER_BATCH is 16, which 1 process cannot .*make it a multiple of 3"),
+    (["SOLVER.ACCUMULATION_STEPS", 3], 1, "SOLVER.IMS_PER_BATCH is 16, which 1 process cannot .* a multiple of 3"),
     (["SOLVER.ACCUMULATION_STEPS", 8], 4, "which 4 processes cannot .* make it a multiple of 32"),
     (["SOLVER.ACCUMULATION_STEPS", 8, "SOLVER.REFERENCE_WORLD_SIZE", 4], 1, "which 4 processes cannot"),
 ])
