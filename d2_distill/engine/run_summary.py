@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 FEWEST_PASSES, MOST_PASSES = 3, 300
 # Test images may be larger or smaller than training images by this factor.
 SIZE_FACTOR = 1.5
+# Longer side of the image on which multiply-adds are counted, pixels.
+COUNTED_SIDE = 256
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,19 @@ class Cost:
 
     @classmethod
     def of(cls, model: nn.Module, size: tuple[int, int]) -> Cost:
-        """Measure a detector on an empty image of this height and width. Random numbers are not touched."""
+        """Measure a detector for an image of this height and width, by a smaller one of the same shape.
+
+        Multiply-adds grow with the area; those of a two-stage detector only about so. Neither random numbers nor the
+        modes of modules change.
+        """
+        scale = min(COUNTED_SIDE / max(size), 1.0)
+        counted = [max(round(side * scale / 32), 1) * 32 for side in size]
+        modes = {module: module.training for module in model.modules()}
         with torch.random.fork_rng(devices=[]):
-            image = torch.zeros(3, *size, dtype=torch.uint8)
-            return cls(count_parameters(model), count_flops(model, [{"image": image}]))
+            flops = count_flops(model, [{"image": torch.zeros(3, *counted, dtype=torch.uint8)}])
+        for module, mode in modes.items():
+            module.training = mode
+        return cls(count_parameters(model), round(flops * size[0] * size[1] / (counted[0] * counted[1])))
 
     def __lt__(self, other: Cost) -> bool:
         return self.parameters < other.parameters and self.flops < other.flops
@@ -52,11 +63,12 @@ def log_summary(cfg: CfgNode, model: nn.Module, images: int) -> None:
     """
     size = cfg.INPUT.MIN_SIZE_TEST, min(cfg.INPUT.MAX_SIZE_TEST, round(cfg.INPUT.MIN_SIZE_TEST * 4 / 3))
     distils = isinstance(model, Distiller)
-    student = Cost.of(model.student if distils else model, size)
-    teacher = Cost.of(model.teacher.model, size) if distils and model.teacher is not None else None
+    student = _cost(model.student if distils else model, size)
+    teacher = _cost(model.teacher.model, size) if distils and model.teacher is not None else None
     iterations, batch = count_iterations(cfg), cfg.SOLVER.IMS_PER_BATCH
     parts = [f"{passes(cfg, images):.3g} passes over {images} images ({iterations} iterations)"]
-    parts.append(f"{'student' if teacher else 'detector'} {student}, for an image of {size[0]} x {size[1]} px")
+    if student:
+        parts.append(f"{'student' if distils else 'detector'} {student}, for an image of {size[0]} x {size[1]} px")
     if teacher:
         parts.append(f"teacher {teacher}")
     logger.info("The run: %s.", "; ".join(parts))
@@ -65,19 +77,27 @@ def log_summary(cfg: CfgNode, model: nn.Module, images: int) -> None:
         logger.warning("%s", warning)
 
 
+def _cost(model: nn.Module, size: tuple[int, int]) -> Cost | None:
+    try:
+        return Cost.of(model, size)
+    except Exception as error:  # a user's detector may want other inputs, and can be trained all the same
+        logger.info("The cost of %s is not known: %s", type(model).__name__, error)
+        return None
+
+
 def passes(cfg: CfgNode, images: int) -> float:
     """Return how often a run sees each image; ``SOLVER.REFERENCE_WORLD_SIZE`` does not change that."""
     return cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / images
 
 
 def schedules_of(methods: Mapping[str, DistillMethod]) -> dict[str, float]:
-    """Return the last iteration at which a schedule changes, of each term's weight that depends on the iteration."""
-    return {
-        term: last_iteration(method.schedules[term])
-        for method in methods.values()
-        for term in method.weights
-        if last_iteration(method.schedules[term])
-    }
+    """Return, by the key of each schedule of the methods, the last iteration at which it changes; 0 for never."""
+    found: dict[str, float] = {}
+    for name, method in methods.items():
+        for term in method.weights:
+            key = f"{method.KEY}.{method.SCHEDULE_KEYS.get(term, 'SCHEDULE')}" if method.KEY else f"The schedule of {name}"
+            found[key] = max(found.get(key, 0), last_iteration(method.schedules[term]))
+    return found
 
 
 def warnings_of(
@@ -91,11 +111,12 @@ def warnings_of(
     """Yield a sentence for each thing that is probably a mistake, with the key and what to do.
 
     Args:
-        schedules: term -> last iteration at which its weight changes by its schedule.
+        schedules: key of a schedule -> last iteration at which it changes.
     """
     iterations, solver = cfg.SOLVER.MAX_ITER, cfg.SOLVER
     trained, tested = _sides(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MIN_SIZE_TEST
-    if tested and trained and not trained[0] / SIZE_FACTOR <= tested <= trained[-1] * SIZE_FACTOR:
+    # 0 leaves the images as they are.
+    if tested and trained and trained[0] and not trained[0] / SIZE_FACTOR <= tested <= trained[-1] * SIZE_FACTOR:
         yield (
             f"INPUT.MIN_SIZE_TEST is {tested}, but the training sees images of INPUT.MIN_SIZE_TRAIN {tuple(trained)}: a "
             "detector finds little at a size that it has not seen; test at the size of the training."
@@ -111,11 +132,11 @@ def warnings_of(
             f"SOLVER.STEPS has {', '.join(map(str, late))}, but the run ends after {iterations} iterations, so the learning "
             "rate does not drop there; shorten STEPS with MAX_ITER."
         )
-    for term, last in schedules.items():
-        if last >= count_iterations(cfg):
+    for key, last in schedules.items():
+        if last > count_iterations(cfg):
             yield (
-                f"The schedule of {term} ends at iteration {last:g}, but the run after {count_iterations(cfg)}; shorten it, or "
-                'write parts of the run as decimals, such as ["Warmup", 0.02].'
+                f"{key} has the iteration {last:g}, but the run ends after {count_iterations(cfg)}; lower it, or write parts of "
+                'the run as decimals, such as ["Warmup", 0.02].'
             )
     if student and teacher and not student < teacher:
         more = "parameters" if student.parameters >= teacher.parameters else "GFLOPs"

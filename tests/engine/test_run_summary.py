@@ -37,7 +37,7 @@ SMALL, LARGE = Cost(1_000_000, 2_000_000_000), Cost(5_000_000, 9_000_000_000)
 
 
 def test_nothing_to_warn_of():
-    assert warned() == warned(schedules={"loss_pkd": 999}, student=SMALL, teacher=LARGE) == []
+    assert warned() == warned(schedules={"MODEL.DISTILL.PKD.SCHEDULE": 1000}, student=SMALL, teacher=LARGE) == []
     # Several training sizes, of which the nearest counts.
     assert warned(INPUT__MIN_SIZE_TRAIN=(480, 800), INPUT__MIN_SIZE_TEST=640) == []
 
@@ -49,7 +49,7 @@ def test_nothing_to_warn_of():
         ({"INPUT__MIN_SIZE_TEST": 100}, "INPUT.MIN_SIZE_TEST is 100"),
         ({"SOLVER__WARMUP_ITERS": 1000}, "SOLVER.WARMUP_ITERS is 1000, but the run ends after 1000"),
         ({"SOLVER__STEPS": (800, 1000)}, "SOLVER.STEPS has 1000, but the run ends after 1000"),
-        ({"schedules": {"loss_akd": 2000}}, "The schedule of loss_akd ends at iteration 2000, but the run after 1000"),
+        ({"schedules": {"MODEL.DISTILL.HEAD.AKD_SCHEDULE": 2000}}, "MODEL.DISTILL.HEAD.AKD_SCHEDULE has the iteration 2000, but the run ends"),
         ({"student": LARGE, "teacher": SMALL}, "The student has no fewer parameters than its teacher (5.00 M parameters, 9 GFLOPs"),
         ({"student": Cost(1, 10**10), "teacher": LARGE}, "The student has no fewer GFLOPs than its teacher"),
         ({"images": 10}, "SOLVER.MAX_ITER 1000 with IMS_PER_BATCH 4 means 400 passes over the 10 training images; lower MAX_ITER"),
@@ -83,8 +83,16 @@ def test_log(tmp_path, caplog):
     assert summary.startswith("The run: 40 passes over 100 images (1000 iterations); student ")
     assert "for an image of 96 x 128 px; teacher " in summary and summary.count("GFLOPs") == 2
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.startswith("The schedule of loss_pkd ends at iteration 5000")
-    assert schedules_of(model.methods) == {"loss_pkd": 5000}
+    assert warning.startswith("MODEL.DISTILL.PKD.SCHEDULE has the iteration 5000, but the run ends after 1000")
+    assert schedules_of(model.methods) == {"MODEL.DISTILL.PKD.SCHEDULE": 5000}
+
+
+def test_cost_of_a_large_image_is_that_of_its_area():
+    model = build(detector_cfg("GFL"))
+    model.backbone.eval()  # as with batch norms that are fixed
+    small, large = Cost.of(model, (256, 256)), Cost.of(model, (512, 1024))
+    assert large.flops == 8 * small.flops and large.parameters == small.parameters
+    assert model.training and not model.backbone.training
 
 
 def test_a_plain_detector(caplog):
