@@ -50,11 +50,6 @@ def build_train_loader(
     elif seed is None:
         seed = comm.shared_random_seed()
     records, sizes = _training_records(cfg)
-    if total_batch_size > len(records):
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {total_batch_size}, but DATASETS.TRAIN has {len(records)} images to train on; lower it "
-            f"to {len(records)} or less."
-        )
     mapper = mapper or CheckedDatasetMapper(cfg, is_train=True)
     num_workers = cfg.DATALOADER.NUM_WORKERS
     return DataLoader(
@@ -86,6 +81,18 @@ def build_test_loader(cfg, name: str, mapper: Callable[[dict], dict]) -> DataLoa
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
     )
+
+
+def check_batch(cfg) -> None:
+    """
+    Raises:
+        UserError: a batch has more images than there are to train on.
+    """
+    batch, images = cfg.SOLVER.IMS_PER_BATCH, len(_training_records(cfg)[0])
+    if batch > images:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {batch}, but DATASETS.TRAIN has {images} images to train on; lower it to {images} or less."
+        )
 
 
 def _training_records(cfg) -> tuple[Dataset, np.ndarray]:

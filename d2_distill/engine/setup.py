@@ -24,6 +24,7 @@ from ..config.reading import read_config, use_available_device
 from ..data.checks import check_datasets
 from ..data.classes import check_outputs, dataset_classes, with_classes
 from ..data.loaded import keep_only
+from ..data.loader import check_batch
 from ..data.own_sets import name_data
 from ..data.registration import register_datasets
 from ..data.sharing import main_process_first
@@ -92,6 +93,8 @@ def _with_checked_data(args: argparse.Namespace) -> CfgNode:
     register_datasets(cfg, names=(None, *used))  # None: a row whose name is malformed
     voc_convention(cfg.TEST.VOC_CONVENTION)
     check_datasets(cfg, train=not args.eval_only)
+    if not args.eval_only:
+        check_batch(cfg)
     if cfg.MODEL.META_ARCHITECTURE == DISTILLER and cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE and not args.eval_only:
         dataset_classes(read_teacher_config(cfg), register=True)  # so that no other process reads the teacher's data
     forget_parsed_files()

@@ -2,8 +2,8 @@
 
 A schedule is a config list of factors, each ``[name, number, ...]``; their product multiplies a term's
 weight. ``[["Warmup", 2000], ["EarlyStop", 58640]]`` rises from 0 to 1 in 2000 iterations and is 0 after
-iteration 58640. An integer counts iterations; a decimal up to 1 is a part of the run, so ``["Warmup", 0.02]`` lasts 2 %
-of it, whatever its length. Iterations are the trainer's, counted from 0, and nothing else counts, so a resumed run
+iteration 58640. A decimal up to 1.0 is a part of the run, so ``["Warmup", 0.02]`` lasts 2 % of it, whatever its length;
+other numbers count iterations. Iterations are the trainer's, counted from 0, and nothing else counts, so a resumed run
 continues exactly.
 """
 
@@ -144,13 +144,8 @@ def _factor(entry: Any, where: str, run_length: int | None) -> _Factor:
 
 
 def _iteration(number: float, entry: Any, where: str, run_length: int | None) -> float:
-    if isinstance(number, int) or number == 0:
+    if isinstance(number, int) or not 0 < number <= 1:
         return number
-    if not 0 < number <= 1:
-        raise UserError(
-            f"{where} is {entry!r}; write iterations as whole numbers without a decimal point, or parts of the run as "
-            "decimals from 0 to 1.0."
-        )
     if run_length is None:
         raise UserError(f"{where} is {entry!r}, a part of a run whose length is not known; write whole iterations.")
     return number * run_length

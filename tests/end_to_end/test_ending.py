@@ -194,7 +194,7 @@ def test_first_of_several_test_sets_decides(server, data, tmp_path):
 
 
 def test_pascal_voc(server, voc_data, tmp_path):
-    config = write_config(tmp_path / "config.yaml", TINY, voc_data, EVERYTHING, {"SOLVER": {"MAX_ITER": 3}})
+    config = write_config(tmp_path / "config.yaml", TINY, voc_data, EVERYTHING, {"SOLVER": {"MAX_ITER": 3, "IMS_PER_BATCH": 2}})
     server.run("--config-file", config, "OUTPUT_DIR", tmp_path / "out").succeeded()
     best = checkpoint(tmp_path / "out" / "model_best.pth")["best"]
     assert best["value"] == scalars(tmp_path / "out")["bbox/AP"]

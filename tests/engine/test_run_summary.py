@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2_distill.config.keys import get_distill_cfg
-from d2_distill.data.loader import build_train_loader
+from d2_distill.data.loader import check_batch
 from d2_distill.data.registration import register_datasets
 from d2_distill.engine.run_summary import Cost, log_summary, passes, schedules_of, warnings_of
 from d2_distill.errors import UserError
@@ -79,7 +79,7 @@ def test_log(tmp_path, caplog):
         log_summary(run_cfg(INPUT__MIN_SIZE_TRAIN=(96,), INPUT__MIN_SIZE_TEST=96), model, images=100)
     assert torch.equal(torch.get_rng_state(), state) and model.training == training
     assert not model.teacher.model.training
-    [summary] = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    [summary] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("The run: ")]
     assert summary.startswith("The run: 40 passes over 100 images (1000 iterations); student ")
     assert "for an image of 96 x 128 px; teacher " in summary and summary.count("GFLOPs") == 2
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -106,4 +106,4 @@ def test_a_batch_larger_than_the_data(tmp_path):
     cfg = small_cfg(DATASETS__COCO=(row,), DATASETS__TRAIN=(row[0],), SOLVER__IMS_PER_BATCH=4)
     register_datasets(cfg, names=(row[0],))
     with pytest.raises(UserError, match="SOLVER.IMS_PER_BATCH is 4, but DATASETS.TRAIN has 3 images to train on; lower it to 3"):
-        build_train_loader(cfg)
+        check_batch(cfg)

@@ -47,6 +47,9 @@ class Pair:
             return self.method(*self.runs(inputs))
 
 
+MEAN = {"DISTILL__CROSSKD_ROI__REFERENCE_CLASSES": 0}
+
+
 def slow_predictions(roi_heads, features, image: int, box: torch.Tensor):
     """Class logits and deltas of one box of an image, layer by layer."""
     x1, y1, x2, y2 = box.tolist()
@@ -59,11 +62,22 @@ def slow_predictions(roi_heads, features, image: int, box: torch.Tensor):
     return predictor.cls_score(x)[0], predictor.bbox_pred(x)[0]
 
 
+def test_the_box_term_does_not_depend_on_the_number_of_classes():
+    found = {}
+    for reference in (0, 80):
+        pair = Pair(teacher=TEACHER, DISTILL__CROSSKD_ROI__REFERENCE_CLASSES=reference)
+        torch.manual_seed(3)
+        with EventStorage(), torch.no_grad():
+            found[reference] = pair.method(*pair.runs())
+    torch.testing.assert_close(found[80]["loss_crosskd_roi_box"], found[0]["loss_crosskd_roi_box"] * 3 / 80)
+    torch.testing.assert_close(found[80]["loss_crosskd_roi_cls"], found[0]["loss_crosskd_roi_cls"])
+
+
 @pytest.mark.parametrize("class_agnostic", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_against_a_slow_form(class_agnostic, temperature):
     key = {"ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": class_agnostic}
-    pair = Pair(teacher={**TEACHER, **key}, DISTILL__CROSSKD_ROI__TEMPERATURE=temperature)
+    pair = Pair(teacher={**TEACHER, **key}, DISTILL__CROSSKD_ROI__TEMPERATURE=temperature, **MEAN)
     torch.manual_seed(3)
     with EventStorage(), torch.no_grad():
         ours, theirs = pair.runs()

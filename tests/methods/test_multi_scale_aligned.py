@@ -111,7 +111,7 @@ def test_gradient_of_the_term_is_a_sign(teachers):
 
 
 def test_weight_rises_with_the_trainers_iteration(teachers):
-    model = distiller(teachers())
+    model = distiller(teachers(), DISTILL__MSAD__SCHEDULE=[["Warmup", 500]])
     at = {iteration: step(model, iteration=iteration) for iteration in (0, 125, 500, 2000)}
     raw = at[0][1].latest()["msad/raw"][0]
     found = [losses["loss_msad"].item() for losses, _ in at.values()]

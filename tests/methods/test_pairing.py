@@ -101,7 +101,7 @@ def test_pkd_adapts_channels_that_differ():
 
 def test_msad_needs_equal_channels():
     narrow = ("FCOS", {"FPN__OUT_CHANNELS": 16, "FCOS__NORM": ""})
-    message = r"student's p3 has 16 channels and the teacher's p3 has 32; .*serve this pair: FeatureImitation, PKD\.$"
+    message = r"student's p3 has 16 channels and the teacher's p3 has 32; .*serve this pair: FeatureImitation, PKD, TFHEAD\.$"
     with pytest.raises(UserError, match=message):
         methods_of("MSAD", narrow, RCNN)
 
