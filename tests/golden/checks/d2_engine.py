@@ -256,9 +256,9 @@ def _check_run(data, cfg, output):
     assert [[line["iteration"], line.get("lr")] for line in lines] == [
         [iteration, lr if lr is None else pytest.approx(lr)] for iteration, lr in data["lr_values"]]
 
-    # log.txt and config.yaml are default_setup's; TensorBoard's files depend on its being installed.
+    # model_best.pth is the project's, log.txt and config.yaml are default_setup's; TensorBoard's files depend on its being installed.
     files = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-    others = {file for file in files if file.startswith("events.")} | {"log.txt", "config.yaml"}
+    others = {file for file in files if file.startswith("events.")} | {"log.txt", "config.yaml", "model_best.pth"}
     assert sorted(files - others) == data["files"]
     assert (output / "last_checkpoint").read_text() == data["last_checkpoint"]
 
