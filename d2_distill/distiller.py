@@ -20,8 +20,8 @@ from .methods.automatic import balance_period, build_chosen_methods
 from .methods.balance import GradientBalance
 from .methods.gradient_ratio import measure_ratios, report_ratios, scalar_name
 from .methods.pairing import require_teacher
-from .methods.trust import losses_on_labels, outputs_alike
 from .methods.terms import check_value, require_complete, require_declared, require_gradients, require_own_names
+from .methods.trust import losses_on_labels, outputs_alike
 from .staged import Run, StagedDetector, Taps, stage_detector
 from .teacher import Teacher
 

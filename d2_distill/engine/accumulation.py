@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, ContextManager
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -44,7 +45,7 @@ class AccumulatingTrainer(SimpleTrainer):
         self._write_metrics(means, data_time)
         self._update_weights()
 
-    def _without_sync(self) -> ContextManager[Any]:
+    def _without_sync(self) -> AbstractContextManager[Any]:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
 
     def _add_gradients(self, images: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -55,7 +56,7 @@ class AccumulatingTrainer(SimpleTrainer):
         self._scaled(total).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _precision(self) -> ContextManager[Any]:
+    def _precision(self) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
@@ -68,7 +69,7 @@ class AccumulatingTrainer(SimpleTrainer):
 class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
     """The same in mixed precision, on GPUs."""
 
-    def _precision(self) -> ContextManager[Any]:
+    def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast("cuda", dtype=torch.float16)
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:

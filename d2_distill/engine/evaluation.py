@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Callable, ContextManager, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Callable, Protocol
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,7 @@ class PeriodicEvaluation(HookBase):
         period: int,
         test_sets: Sequence[str],
         followers: Sequence[Follower],
-        weights: Callable[[], ContextManager[Any]] = contextlib.nullcontext,
+        weights: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self._period = period
         self._test_sets = test_sets

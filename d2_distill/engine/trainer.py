@@ -36,8 +36,8 @@ from .early_stop import EarlyStopping, StoppableLoop
 from .evaluation import PeriodicEvaluation
 from .hooks import LossNormalizers, SeedEveryStep, StopOnSignal, TrainingClock
 from .optimizer import build_optimizer
-from .run_summary import log_summary
 from .retention import RecentCheckpoints
+from .run_summary import log_summary
 
 
 class Trainer(DefaultTrainer, StoppableLoop):

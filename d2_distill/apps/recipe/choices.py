@@ -53,7 +53,7 @@ SIZES = {
 
 
 def image_side(objects: Objects, longest: int) -> int:
-    """Return the longer side of training and test images, pixels: as short as small objects allow, not above the images' own."""
+    """Return the longer side of training and test images, pixels: as short as small objects allow, up to the images' own."""
     small = float(np.percentile(objects.sizes, SMALL_PERCENTILE))
     own = float(np.median(objects.longer_sides))
     most = max(min(longest, math.ceil(own / SIDE_STEP) * SIDE_STEP), SMALLEST_SIDE)

@@ -83,7 +83,8 @@ def make_recipe(
     names = [name for each in train for name in each.class_names]
     recipe = Recipe(
         name, _data_keys(cfg), list(dict.fromkeys(names)), head, limits, objects, side,
-        choices.anchor_scale(objects, side), student, teacher, {"student": schedule, "teacher": schedule}, choices.workers(os.cpu_count() or 1),
+        choices.anchor_scale(objects, side), student, teacher, {"student": schedule, "teacher": schedule},
+        choices.workers(os.cpu_count() or 1),
     )
     if budget is not None:
         for role in ("student", "teacher"):

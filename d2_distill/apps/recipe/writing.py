@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,8 @@ class Recipe:
         parts = ", ".join(f"{value:.0f} px ({p} %)" for p, value in self.objects.percentiles(self.side).items())
         reached = 100 * self.objects.reached(self.side, anchors(self.scale))
         return (
-            f"objects measure {parts} in images of {self.side} px; anchors of {anchors(self.scale)} px reach {reached:.1f} % of them"
+            f"objects measure {parts} in images of {self.side} px; anchors of {anchors(self.scale)} px reach {reached:.1f} % "
+            "of them"
         )
 
     def config(self, role: str, folder: str) -> str:
@@ -92,15 +94,15 @@ class Recipe:
         backbone, schedule = (self.student if role == "student" else self.teacher), self.schedules[role]
         classes = ", ".join(self.classes[:20]) + (", ..." if len(self.classes) > 20 else "")
         lines = [
-            f"# The {role}: {self.head} on {backbone.name}{', from ImageNet weights' if backbone.weights else ', from scratch'}.",
+            f"# The {role}: {self.head} on {backbone.name}, from {'ImageNet weights' if backbone.weights else 'scratch'}.",
             "VERSION: 2",
             "DATASETS:",
             f"  # {len(self.classes)} classes, which the head takes from the annotations: {classes}",
             *(f"  {key}: {_flow(value)}" for key, value in self.data.items() if value),
             "INPUT:",
             '  FORMAT: "RGB"',
-            f"  # {SMALL_PERCENTILE} % of the objects are smaller than {SMALL_SIDE} px, or the images or --size allow no more. At these sizes",
-            f"  # {self.size_report()}.",
+            f"  # {SMALL_PERCENTILE} % of the objects are smaller than {SMALL_SIDE} px, or the images or --size allow no more:",
+            *(f"  # {line}" for line in textwrap.wrap(f"{self.size_report()}.", 116)),
             f"  MIN_SIZE_TRAIN: ({self.shorter_side},)",
             f"  MAX_SIZE_TRAIN: {self.side}",
             "  # Test as you train: at another size a detector this small finds little.",
