@@ -26,6 +26,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("benchmarks/defaults")
 RUNS = Path("output/benchmarks/defaults")
@@ -89,8 +91,12 @@ def append(setting: str, row: str, seed: int, output: Path, command: list[str]) 
     """Add a line with the results of a finished run."""
     with open(output / "metrics.json") as file:
         scalars = [json.loads(line) for line in file]
-    curve = {line["iteration"] + 1: line["bbox/AP"] for line in scalars if "bbox/AP" in line}
-    last = [line for line in scalars if "bbox/AP" in line][-1]
+    with open(output / "config.yaml") as file:
+        iterations = yaml.safe_load(file)["SOLVER"]["MAX_ITER"]
+    evaluated = [line for line in scalars if "bbox/AP" in line]
+    # The evaluation after the last step is recorded one iteration later.
+    curve = {min(line["iteration"] + 1, iterations): line["bbox/AP"] for line in evaluated}
+    last = evaluated[-1]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     new = not RESULTS.exists()
     with open(RESULTS, "a", newline="") as file:
@@ -98,7 +104,7 @@ def append(setting: str, row: str, seed: int, output: Path, command: list[str]) 
         if new:
             writer.writeheader()
         writer.writerow({
-            "setting": setting, "row": row, "seed": seed, "iterations": last["iteration"] + 1,
+            "setting": setting, "row": row, "seed": seed, "iterations": iterations,
             **{name: f"{last[f'bbox/{name}']:.2f}" for name in ("AP", "AP50", "AP75")},
             "curve": " ".join(f"{iteration}:{value:.1f}" for iteration, value in curve.items()),
             "minutes": f"{max(line.get('train_seconds', 0) for line in scalars) / 60:.1f}",
