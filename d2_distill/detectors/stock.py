@@ -67,6 +67,10 @@ class StagedFCOS(StagedRetinaNet):
     def layers(self) -> dict[str, tuple[str, nn.Module]]:
         return {**super().layers(), "centerness": ("box", self.model.head.ctrness)}
 
+    def losses(self, grid, outputs, assignment: Assignment) -> dict[str, torch.Tensor]:
+        # Detectron2's GIoU loss cannot compare boxes in half precision with others.
+        return super().losses(grid, {**outputs, "deltas": outputs["deltas"].float()}, assignment)
+
     def normalizer(self, grid, assignment) -> torch.Tensor:
         return centerness_normalizer(grid, assignment)
 
