@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable
 
+import torch
 import yaml
 from detectron2.config import CfgNode
 
 from ...config.keys import get_distill_cfg
-from ...config.reading import use_available_device
 from ...data.classes import with_classes
 from ...data.own_sets import name_data
 from ...data.registration import register_datasets
@@ -102,7 +102,8 @@ def parsed(text: str) -> CfgNode:
     cfg = get_distill_cfg()
     cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(text)))
     cfg.MODEL.WEIGHTS = ""
-    use_available_device(cfg)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
     register_datasets(cfg, names=(*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     return with_classes(cfg)
 
