@@ -32,12 +32,16 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("benchmarks/defaults")
 RUNS = Path("output/benchmarks/defaults")
 RESULTS = FOLDER / "results.csv"
-SETTINGS = ("scenes_retinanet", "blood_fcos", "helmets_gfl")
-METHODS = ("CrossKD", "PKD", "LD", "FeatureImitation", "HEAD")
+# Settings, and their detector.
+SETTINGS = {"scenes_retinanet": "RetinaNet", "blood_fcos": "OpenMMLabFCOS", "helmets_gfl": "GFL"}
+METHODS = ("CrossKD", "PKD", "LD", "FeatureImitation", "HEAD", "TFHEAD")
 TEACHER, PLAIN, AUTO, PUBLISHED = "teacher", "plain", "auto", "-published"
 COLUMNS = ("setting", "row", "seed", "iterations", "AP", "AP50", "AP75", "curve", "minutes", "commit", "command")
 # What brings the released form back: means over the classes, iterations of the published schedules.
 RELEASED = ["MODEL.DISTILL.BALANCE", "published", "MODEL.DISTILL.LD.REFERENCE_CLASSES", "0"]
+# What --teacher says by itself, and R-CNN assistants that are small enough for the CPU.
+WITHOUT_TEACHER = ["MODEL.META_ARCHITECTURE", "Distiller", "MODEL.DISTILL.BALANCE", "auto"]
+SMALL_ASSISTANT = ["MODEL.ROI_BOX_HEAD.FC_DIM", "256", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "128"]
 
 
 def main() -> None:
@@ -66,9 +70,9 @@ def make(setting: str, row: str, seed: int) -> None:
         return
     output = RUNS / setting / f"{row}_{seed}"
     command = ["train_net.py", "--resume", "--config-file", str(FOLDER / setting / _config(row))]
-    if row not in (TEACHER, PLAIN):
+    if _learns_from_teacher(row):
         command += ["--teacher", str(RUNS / setting / f"{TEACHER}_1")]
-    command += [*options(row), "SEED", str(seed), "OUTPUT_DIR", str(output)]
+    command += [*options(setting, row), "SEED", str(seed), "OUTPUT_DIR", str(output)]
     print(f"{setting} {row} {seed}: python {shlex.join(command)}", flush=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{output}.log", "a") as log:
@@ -80,11 +84,18 @@ def _config(row: str) -> str:
     return "teacher.yaml" if row == TEACHER else "student.yaml"
 
 
-def options(row: str) -> list[str]:
+def _learns_from_teacher(row: str) -> bool:
+    return row not in (TEACHER, PLAIN) and not row.startswith("TFHEAD")
+
+
+def options(setting: str, row: str) -> list[str]:
     """Return the config overrides of a row."""
     if row in (TEACHER, PLAIN, AUTO):
         return []
-    return ["MODEL.DISTILL.METHODS", row.replace(PUBLISHED, ""), *(RELEASED if row.endswith(PUBLISHED) else [])]
+    found = ["MODEL.DISTILL.METHODS", row.replace(PUBLISHED, "")]
+    if not _learns_from_teacher(row):
+        found += [*WITHOUT_TEACHER, "MODEL.DISTILL.STUDENT", SETTINGS[setting], *SMALL_ASSISTANT]
+    return found + (RELEASED if row.endswith(PUBLISHED) else [])
 
 
 def append(setting: str, row: str, seed: int, output: Path, command: list[str]) -> None:
