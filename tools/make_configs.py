@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 from d2_distill.apps.recipe.choices import SIZES
 from d2_distill.apps.recipe.detectors import HEADS
 from d2_distill.apps.recipe.making import inspect, make_recipe, parsed, write
-from d2_distill.apps.recipe.timing import seconds_per_step
+from d2_distill.apps.recipe.timing import measure
 from d2_distill.apps.recipe.writing import Recipe
 from d2_distill.data.own_sets import add_data_arguments
 from d2_distill.detectors.building import build_detector
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     cfg, train = inspect(args.train_data, args.test_data)
     recipe = make_recipe(
         cfg, train, name=args.output.resolve().name, head=args.head, size=args.size, pretrained=not args.from_scratch,
-        budget=args.budget and budget(args.budget), budget_text=args.budget, seconds_of=seconds_per_step,
+        budget=args.budget and budget(args.budget), budget_text=args.budget, measure=measure,
     )
     print(report(recipe))
     teacher, student, distilled = write(recipe, args.output, overwrite=args.overwrite)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from d2_distill.apps.recipe.timing import Seconds
 from d2_distill.config.reading import read_config
 from d2_distill.detectors.building import build_detector
 from d2_distill.evaluation.complexity import count_parameters
@@ -67,9 +68,9 @@ def test_every_value_that_was_chosen_has_a_reason(data, tmp_path):
 
 
 def test_a_budget_shortens_the_training(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(make_configs, "seconds_per_step", lambda cfg: 2.0)
+    monkeypatch.setattr(make_configs, "measure", lambda cfg: Seconds(step=2.0, forward=1.0))
     cfgs = make(data, tmp_path / "mine", "--from-scratch", "--budget", "1.5min")
-    assert cfgs["student"].SOLVER.MAX_ITER == 40
+    assert cfgs["teacher"].SOLVER.MAX_ITER == 40 and cfgs["student"].SOLVER.MAX_ITER == 30
     assert "what fits into 1.5min" in (tmp_path / "mine" / "student.yaml").read_text()
 
 
@@ -87,9 +88,9 @@ def refusal(data, folder, *options):
 
 
 def test_refusals(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(make_configs, "seconds_per_step", lambda cfg: 2.0)
+    monkeypatch.setattr(make_configs, "measure", lambda cfg: Seconds(step=2.0, forward=1.0))
     message = refusal(data, tmp_path / "a", "--from-scratch", "--budget", "5s")
-    assert message.startswith("error: --budget of 0.0833 min is too short: a step takes 2.00 s here")
+    assert message.startswith("error: --budget of 0.0833 min is too short: a step takes 3.00 s here")
     assert refusal(data, tmp_path / "b", "--budget", "soon") == 2
     assert "'soon' is no time such as 90s, 10min or 1.5h" in capsys.readouterr().err
     assert refusal(data[3:], tmp_path / "c").startswith("error: --train-data is missing")

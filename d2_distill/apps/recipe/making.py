@@ -21,6 +21,7 @@ from ..data_check.inspection import Inspection, inspect_annotations
 from . import choices
 from .detectors import PAIRS
 from .objects import Objects
+from .timing import Seconds
 from .writing import Recipe, Schedule, schedule_reason
 
 ROLES = ("teacher", "student", "distilled")
@@ -57,7 +58,7 @@ def make_recipe(
     pretrained: bool,
     budget: float | None = None,
     budget_text: str | None = None,
-    seconds_of: Callable[[CfgNode], float] | None = None,
+    measure: Callable[[CfgNode], Seconds] | None = None,
 ) -> Recipe:
     """Choose everything.
 
@@ -66,7 +67,7 @@ def make_recipe(
         name: of the output folder.
         budget: seconds for one training; None trains as long as the rule says.
         budget_text: how the user wrote it.
-        seconds_of: measures a step of a config, see :func:`.timing.seconds_per_step`; needed with a budget.
+        measure: measures the steps of a config, see :func:`.timing.measure`; needed with a budget.
 
     Raises:
         UserError: the budget cannot be met.
@@ -87,8 +88,10 @@ def make_recipe(
         choices.workers(os.cpu_count() or 1),
     )
     if budget is not None:
-        for role in ("student", "teacher"):
-            seconds = seconds_of(parsed(recipe.config(role, "")))
+        cost = {role: measure(parsed(recipe.config(role, ""))) for role in ("student", "teacher")}
+        # The distilled student trains as long as the plain one, and runs its teacher in each step.
+        longest = {"student": cost["student"].step + cost["teacher"].forward, "teacher": cost["teacher"].step}
+        for role, seconds in longest.items():
             fitting = choices.iterations_in(budget, seconds, images, batch, wanted)
             if fitting < wanted:
                 recipe.schedules[role] = Schedule(
