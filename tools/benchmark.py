@@ -72,11 +72,15 @@ def training_step(model: nn.Module, cfg: CfgNode, batch: Batch) -> Callable[[], 
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # an untrained detector would soon diverge, and stop at a loss that is not finite
 
+    storage = EventStorage()  # counts the steps, for what is measured every so many of them
+
     def step() -> None:
-        losses = model(batch)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
+        with storage:
+            losses = model(batch)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+        storage.iter += 1
 
     return step
 
@@ -212,6 +216,7 @@ def benchmark_step(cfg: CfgNode, args: argparse.Namespace) -> None:
     if "teacher forward" in times:
         ratios = {"distilled / (plain + teacher)": distilled / (plain + times["teacher forward"]), **ratios}
     if "baseline step" in times:
+        ratios["distilled / baseline"] = distilled / times["baseline step"]
         expected = times["baseline step"] + times.get("teacher's part", 0)
         ratios["distilled / (baseline + teacher's part)"] = distilled / expected
     for name, ratio in ratios.items():

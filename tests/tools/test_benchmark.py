@@ -11,6 +11,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from d2_distill import distiller
 from d2_distill.detectors.building import build_detector
 from d2_distill.evaluation.complexity import count_flops, count_parameters
 from d2_distill.staged import Tap
@@ -95,6 +96,17 @@ def test_step_with_a_baseline(teacher, tmp_path, call):
     assert [line[:20].strip() for line in lines[6:8]] == ["baseline step", "teacher's part"]
     name, ratio = lines[-1].split(": ")
     assert name == "distilled / (baseline + teacher's part)" and float(ratio) > 0
+    assert lines[-2].startswith("distilled / baseline:")
+
+
+def test_steps_are_counted_for_what_is_measured_now_and_then(teacher, tmp_path, call, monkeypatch):
+    """Without that a benchmark of MODEL.DISTILL.BALANCE would time steps that measure nothing."""
+    measured = []
+    monkeypatch.setattr(distiller, "report_ratios", lambda *args, **kwargs: measured.append(args))
+    config = write(tmp_path / "distilled.yaml", distiller_cfg("RetinaNet", teacher, ["PKD"]))
+    options = ("--image-size", 64, 96, "--batch-size", 1, "--steps", 5, "--warmup", 1, "--threads", 1)
+    call("step", "--config-file", config, *options, "SOLVER.BASE_LR", 0.001, "MODEL.DISTILL.GRADIENT_RATIO_PERIOD", 2)
+    assert len(measured) == 3
 
 
 @pytest.mark.parametrize("methods, heads", [(["PKD"], 0), (["PKD", "CrossKD"], 3)])
