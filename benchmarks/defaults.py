@@ -150,7 +150,8 @@ def print_table(settings: Iterable[str]) -> None:
     for setting, rows in found.items():
         for row, by_seed in rows.items():
             scores = ", ".join(f"{by_seed[seed]:.1f}" for seed in sorted(by_seed))
-            pairs = [by_seed[seed] - rows[PLAIN][seed] for seed in sorted(by_seed) if seed in rows[PLAIN]]
+            plain = rows.get(PLAIN, {})
+            pairs = [by_seed[seed] - plain[seed] for seed in sorted(by_seed) if seed in plain]
             text = ""
             if row not in (TEACHER, PLAIN) and pairs:
                 pooled[row] += pairs
