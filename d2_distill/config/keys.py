@@ -102,6 +102,9 @@ def _add_distiller_config(cfg: CN) -> None:
     distill.BALANCE = ""
     # "auto": measure the gradients every N iterations, and more often in the first N.
     distill.BALANCE_PERIOD = 25
+    # Take the methods' normalizers and statistics over the images of each process, as published code does. By default
+    # they are those of all processes, so that several GPUs train as one with the whole batch.
+    distill.NORMALIZE_PER_PROCESS = False
     # Dotted names of modules that are copied from the teacher into the student before training (HEAD's "weight
     # transfer"), e.g. ("head",), or "student name=teacher name". Shapes must agree; the copies stay trainable.
     distill.INHERIT = ()

@@ -37,7 +37,7 @@ BoxLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class FocalBoxes:
-    """RetinaNet in OpenMMLab's convention: both losses are divided by the positives of this process's batch.
+    """RetinaNet in OpenMMLab's convention: both losses are divided by the positives of the batch.
 
     ``loss_cls`` is the focal loss (arXiv 1708.02002) of all anchors that are not ignored, ``loss_box_reg`` the box
     loss of the positives.
@@ -62,7 +62,7 @@ class FocalBoxes:
             box_loss = (positives.deltas - targets).abs().sum(dim=-1)
         else:
             box_loss = self.box_loss(positives.boxes, positives.targets)
-        normalizer = assignment.normalizer
+        normalizer = detector.normalizer(grid, assignment)
         class_loss = focal_class_loss(
             outputs["logits"], assignment, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma
         )

@@ -24,13 +24,16 @@ def add_config(cfg: CfgNode) -> None:
     cfg.MODEL.RETINANET.REG_MAX = 0
     # Weight of the box loss.
     cfg.MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT = 1.0
+    # Divide the losses by the positives of each process's batch, as OpenMMLab does, not by their mean over the processes.
+    cfg.MODEL.RETINANET.NORMALIZE_PER_PROCESS = False
 
 
 @META_ARCH_REGISTRY.register()
 class OpenMMLabRetinaNet(TowerDetector):
     """RetinaNet (arXiv 1708.02002) with Detectron2's config, state-dict names and anchor order, but
 
-    - the losses are divided by this batch's positives (``Assignment.normalizer``), not by a running mean;
+    - the losses are divided by the batch's positives (``Assignment.normalizer``), averaged over the processes unless
+      ``MODEL.RETINANET.NORMALIZE_PER_PROCESS``, not by a running mean;
     - a box claims its best anchors from other boxes (:func:`~d2_distill.assigners.match_max_iou`);
     - anchors of cells that are only batch padding are ignored;
     - width and height deltas are clamped on both sides when decoded;
@@ -43,8 +46,9 @@ class OpenMMLabRetinaNet(TowerDetector):
     config_node = "RETINANET"
 
     @configurable
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, *, normalizes_per_process: bool = False, **kwargs) -> None:
         super().__init__(**kwargs)
+        self.normalizes_per_process = normalizes_per_process
 
     @classmethod
     def from_config(cls, cfg) -> dict[str, Any]:
@@ -57,6 +61,7 @@ class OpenMMLabRetinaNet(TowerDetector):
             box_loss = build_box_loss(node.BBOX_REG_LOSS_TYPE, "MODEL.RETINANET.BBOX_REG_LOSS_TYPE")
         return {
             **arguments,
+            "normalizes_per_process": node.NORMALIZE_PER_PROCESS,
             "head": TowerHead(
                 **head_arguments(node, input_shape),
                 num_scores=node.NUM_CLASSES,
@@ -77,4 +82,4 @@ class OpenMMLabRetinaNet(TowerDetector):
         }
 
     def normalizer(self, grid: AnchorGrid, assignment: Assignment) -> torch.Tensor:
-        return assignment.normalizer
+        return assignment.normalizer if self.normalizes_per_process else super().normalizer(grid, assignment)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .channel_statistics import standardize
+from .channel_statistics import OWN, standardize
+from .reduction import Batch
 
 
-def pearson_loss(student: torch.Tensor, teacher: torch.Tensor, resize: str | None = None) -> torch.Tensor:
-    """Half the mean squared difference of the maps, each standardised per channel over images and locations.
+def pearson_loss(
+    student: torch.Tensor, teacher: torch.Tensor, resize: str | None = None, batch: Batch = OWN
+) -> torch.Tensor:
+    """Return half the mean squared difference of the maps, each standardised per channel over images and locations.
 
     With n = N*H*W it equals (n - 1) / n * (1 - Pearson's r) averaged over channels (PKD, arXiv 2207.02039).
     No gradient to the teacher. One value a channel (n = 1) carries no correlation: the loss is 0 there,
@@ -19,6 +22,7 @@ def pearson_loss(student: torch.Tensor, teacher: torch.Tensor, resize: str | Non
         student, teacher: (N, C, H, W); heights and widths may differ if ``resize`` is given.
         resize: which map is resized bilinearly to the other's size where the sizes differ: "student" (as
             published), "teacher", or None to refuse.
+        batch: whose images the maps are standardized over; published code takes those of a process.
 
     Returns:
         Scalar.
@@ -35,4 +39,4 @@ def pearson_loss(student: torch.Tensor, teacher: torch.Tensor, resize: str | Non
         raise ValueError(
             f"student map {tuple(student.shape)} and teacher map {tuple(teacher.shape)} differ in shape"
         )
-    return F.mse_loss(standardize(student), standardize(teacher.detach())) / 2
+    return F.mse_loss(standardize(student, batch), standardize(teacher.detach(), batch)) / 2

@@ -10,6 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from ..losses.channel_statistics import OWN
+from ..losses.reduction import Batch
 from ..staged import Run, StagedDetector, Taps
 from ..teacher import Teacher
 
@@ -52,10 +54,15 @@ class AssistSetting(nn.Module):
         raise NotImplementedError
 
 
-def mimicry_loss(pairs: list[Pair]) -> torch.Tensor:
-    """Sum over the pairs of the mean squared error; 0, with its graph, of a pair without elements."""
+def mimicry_loss(pairs: list[Pair], batch: Batch = OWN) -> torch.Tensor:
+    """Return the sum over the pairs of the mean squared error; 0, with its graph, of a pair without elements.
+
+    Args:
+        batch: whose elements a mean is taken over.
+    """
+    sizes = batch.sizes([theirs.numel() for _, theirs in pairs], like=pairs[0][1])
     return sum(
-        F.mse_loss(ours.float(), theirs.float(), reduction="sum") / max(theirs.numel(), 1) for ours, theirs in pairs
+        F.mse_loss(ours.float(), theirs.float(), reduction="sum") / size for (ours, theirs), size in zip(pairs, sizes)
     )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config.run_length import count_iterations
 from ..errors import PairError, UserError
+from ..losses.reduction import Batch
 from ..staged import Run, StagedDetector, Taps
 from ..teacher import Teacher
 from .gradient_ratio import WeightedTerm
@@ -39,12 +40,15 @@ class DistillMethod(nn.Module):
         RATIOS: term -> gradient ratio that ``MODEL.DISTILL.BALANCE "auto"`` keeps; 1 for terms that are left out.
         reads_teacher: whether ``forward`` reads the teacher's run. If not, the run may be None, and so may the teacher.
         declared: all terms that ``forward`` may return.
+        batch: the images that normalizers and statistics are to be taken over.
         weights: those of them whose weight is not 0, and their weights.
 
     Args:
         weights: term -> weight, for every term. Terms of weight 0 need not be computed, and are ignored if they are.
         schedule: factor on the weights by iteration, see :mod:`d2_distill.methods.schedules`; one for all terms, or
             term -> its own.
+        normalizes_per_process: take normalizers and statistics over the images of a process, as published code does,
+            not over those of all.
     """
 
     KEY: str = ""
@@ -53,8 +57,15 @@ class DistillMethod(nn.Module):
     RATIOS: Mapping[str, float] = {}
     reads_teacher = True
 
-    def __init__(self, *, weights: dict[str, float], schedule: Schedule | Mapping[str, Schedule]) -> None:
+    def __init__(
+        self,
+        *,
+        weights: dict[str, float],
+        schedule: Schedule | Mapping[str, Schedule],
+        normalizes_per_process: bool = False,
+    ) -> None:
         super().__init__()
+        self.batch = Batch(is_shared=not normalizes_per_process)
         self.declared = tuple(weights)
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.schedules = schedule if isinstance(schedule, Mapping) else dict.fromkeys(self.weights, schedule)
@@ -69,12 +80,13 @@ class DistillMethod(nn.Module):
         """
         if cls.reads_teacher:
             require_teacher(teacher, cls.__name__)
-        return cls.weights_and_schedule(cfg)
+        return cls.common_arguments(cfg)
 
     @classmethod
-    def weights_and_schedule(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Return the arguments ``weights`` and ``schedule``, as the config has them."""
+    def common_arguments(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Return the arguments that every method takes, as the config has them."""
         return {
+            "normalizes_per_process": cfg.MODEL.DISTILL.NORMALIZE_PER_PROCESS,
             "weights": {term: _value(cfg, f"{cls.KEY}.{key}") for term, key in cls.WEIGHT_KEYS.items()},
             "schedule": {term: cls._schedule(cfg, term) for term in cls.WEIGHT_KEYS},
         }

@@ -215,7 +215,7 @@ class CrossKD(DistillMethod):
             if self.box_loss == "kl":
                 ours, theirs = (x.float().unflatten(-1, (4, -1)) for x in (ours, theirs))
                 loss = kd_kl_div_loss(ours, theirs, self.box_temperature).mean(dim=-1)
-                terms["loss_crosskd_box"] = weighted_mean(loss, confidence, confidence.sum())
+                terms["loss_crosskd_box"] = weighted_mean(loss, confidence, self.batch.mean(confidence.sum()))
             else:
                 ours, theirs = (teacher.staged.decode(teacher.grid, x) for x in (ours, theirs))
                 loss = BOX_LOSSES[self.box_loss](ours, theirs)
@@ -241,7 +241,7 @@ class CrossKD(DistillMethod):
                 if name in self.adapters:
                     ours = self.adapters[name](ours)
                 places = {place for reads in outputs.values() for place in reads}
-                reached = _go_on(crossing, teacher.staged, align_statistics(ours, theirs), places)
+                reached = _go_on(crossing, teacher.staged, align_statistics(ours, theirs, self.batch), places)
                 for output, reads in outputs.items():
                     read = [reached[place] if place in reached else _feature(teacher, place, level) for place in reads]
                     maps.setdefault(output, []).append(teacher.staged.predict(output, read, level))

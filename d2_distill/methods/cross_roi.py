@@ -94,7 +94,8 @@ class CrossKDRoI(DistillMethod):
             distances = distances.sum(dim=2)
             losses["loss_crosskd_roi_box"] = distances.sum(dim=1) / (self.reference_classes or distances.shape[1])
         # An empty sum is 0; its mean would not be a number.
-        return {term: weighted_mean(loss, None, max(len(loss), 1)) for term, loss in losses.items()}
+        (rows,) = self.batch.sizes([len(outputs.logits)], like=outputs.logits)
+        return {term: weighted_mean(loss, None, rows) for term, loss in losses.items()}
 
 
 def _require_standard_heads(student: StagedDetector, teacher: StagedDetector) -> None:

@@ -112,7 +112,7 @@ class FeatureImitation(DistillMethod):
         weights = {}
         if self.region is not None:
             self._require_same_sizes(student, teacher)
-            weights = self.region.weights(student, teacher)
+            weights = self.region.weights(student, teacher, self.batch)
         losses = []
         for pair in self.pairs:
             ours, theirs = student.features[pair.student], teacher.features[pair.teacher]

@@ -102,9 +102,9 @@ class HEAD(DistillMethod):
             assistance = self.setting(student, teacher)
             terms = {"loss_assist": recorded_sum(assistance.losses)}
         if "loss_akd" in self.weights:
-            terms["loss_akd"] = mimicry_loss(assistance.akd)
+            terms["loss_akd"] = mimicry_loss(assistance.akd, self.batch)
         if "loss_ckd" in self.weights:
-            terms["loss_ckd"] = mimicry_loss(assistance.ckd)
+            terms["loss_ckd"] = mimicry_loss(assistance.ckd, self.batch)
         return terms
 
 

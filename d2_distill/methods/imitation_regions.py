@@ -10,6 +10,8 @@ from typing import Callable
 
 import torch
 
+from ..losses.channel_statistics import OWN
+from ..losses.reduction import Batch
 from ..regions import finegrained_region, general_instance_rows, inside_boxes
 from ..staged import DenseRun, Run
 
@@ -29,12 +31,20 @@ class ImitationRegion:
     anchors: AnchorRegion
     background_weight: float = 0.0
 
-    def weights(self, student: Run, teacher: Run) -> dict[str, torch.Tensor]:
-        """The student's feature name -> (N, H * W) weights, with which a sum over cells is a mean.
+    def weights(self, student: Run, teacher: Run, batch: Batch = OWN) -> dict[str, torch.Tensor]:
+        """Return the student's feature name -> (N, H * W) weights, with which a sum over cells is a mean.
 
-        They are 0 on levels without any cell in the region, and without any positive anchor.
+        They are 0 on levels without any cell in the region, and without any positive anchor. ``batch`` says whose
+        cells are counted.
         """
-        return {name: self._weights(*level) for name, level in self.cells(student, teacher).items()}
+        levels = self.cells(student, teacher)
+        # Of each level: cells in the region, outside of it, with positives.
+        counts = [
+            torch.stack([inside.sum(), (valid & ~inside).sum(), positive.sum()])
+            for inside, valid, positive in levels.values()
+        ]
+        counted = zip(levels.items(), batch.mean(torch.stack(counts)))
+        return {name: self._weights(*cells[:2], means, batch) for (name, cells), means in counted}
 
     def cells(self, student: Run, teacher: Run) -> dict[str, torch.Tensor]:
         """The student's feature name -> (3, N, H * W) bool: cells in the region, no padding, with positives."""
@@ -42,12 +52,15 @@ class ImitationRegion:
         valid, positive = _valid_and_positive(student, inside)
         return cells_of(student, torch.stack([inside & valid, valid, positive]))
 
-    def _weights(self, inside: torch.Tensor, valid: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
-        weights = inside / inside.sum().clamp(min=1)
+    def _weights(
+        self, inside: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        num_inside, num_outside, num_positives = counts
+        weights = inside / batch.at_least_one(num_inside)
         if self.background_weight:
             outside = valid & ~inside
-            weights = weights + self.background_weight * outside / outside.sum().clamp(min=1)
-        return weights * (inside.any() & positive.any())
+            weights = weights + self.background_weight * outside / batch.at_least_one(num_outside)
+        return weights * ((num_inside > 0) & (num_positives > 0))
 
 
 def cells_of(student: Run, anchors: torch.Tensor) -> dict[str, torch.Tensor]:

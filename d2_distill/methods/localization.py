@@ -221,7 +221,7 @@ class LD(DistillMethod):
         )
         levels = range(len(student.grid.strides))
         in_level = student.grid.per_anchor(levels)[rows[1]] == torch.arange(len(levels), device=divergence.device)[:, None]
-        counts = in_level.sum(dim=1).clamp(min=1)
+        counts = self.batch.at_least_one(self.batch.mean(in_level.sum(dim=1)))
         scale = scores / self.reference_classes if self.reference_classes else 1.0
         return ((divergence * in_level).sum(dim=1) / counts).sum() * scale
 

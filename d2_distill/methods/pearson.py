@@ -64,5 +64,5 @@ class PKD(DistillMethod):
             ours = student.features[pair.student]
             if pair.student in self.adapters:
                 ours = self.adapters[pair.student](ours)
-            losses.append(pearson_loss(ours, teacher.features[pair.teacher], resize="student"))
+            losses.append(pearson_loss(ours, teacher.features[pair.teacher], resize="student", batch=self.batch))
         return {"loss_pkd": torch.stack(losses).sum()}

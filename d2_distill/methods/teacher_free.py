@@ -129,13 +129,13 @@ class TFHEAD(DistillMethod):
 
     def imitate_dense(self, ours: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
         """``loss_cross_dense`` from the ends of student's and assistant's towers, (N, C, H, W) a level."""
-        return mimicry_loss([(self.cross_dense(x), y.detach()) for x, y in zip(ours, targets)])
+        return mimicry_loss([(self.cross_dense(x), y.detach()) for x, y in zip(ours, targets)], self.batch)
 
     def imitate_rcnn(
         self, student: DenseRun, sampled: list[Instances], vectors: torch.Tensor
     ) -> torch.Tensor:
         """``loss_cross_rcnn`` from the assistant's vectors (R, D) of RoIs that have ``positions``."""
-        return mimicry_loss([self.cross_rcnn(student, sampled, vectors.detach())])
+        return mimicry_loss([self.cross_rcnn(student, sampled, vectors.detach())], self.batch)
 
     def _dense_terms(self, student: DenseRun) -> dict[str, torch.Tensor]:
         with get_event_storage().name_scope("assist_dense"):

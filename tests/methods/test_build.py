@@ -124,7 +124,7 @@ def test_every_term_has_its_weight_and_schedule(name):
     constants = {key: float(value) for value, key in enumerate(sorted(set(keys.values())), start=2)}
     for key, value in constants.items():
         cfg.merge_from_list([key, [["Constant", value]]])
-    found = method.weights_and_schedule(cfg)
+    found = method.common_arguments(cfg)
     assert found["weights"] == terms
     schedules = {term: schedule(0) for term, schedule in found["schedule"].items()}
     assert schedules == {term: constants[key] for term, key in keys.items()}

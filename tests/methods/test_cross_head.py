@@ -403,7 +403,7 @@ def test_whose_normalizers_are_averaged_over_processes(monkeypatch):
         monkeypatch.undo()
         if not counted:
             local.add(case)
-    assert local == {"RetinaNet", "OpenMMLabRetinaNet"}
+    assert local == {"RetinaNet"}
 
 
 # Towers that classes and boxes share.
