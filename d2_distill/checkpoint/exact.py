@@ -4,38 +4,82 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..errors import UserError
+from .harmless import as_trusted, require_harmless
+from .names import looks_like_openmmlab, prefix_that_differs, some
 from .slimmable import fit_to_model, require_filled
 from .torchvision import fit_classifier, is_address
 
 
-class _ExactCheckpointer(DetectionCheckpointer):
-    """Remembers which keys did not fit."""
+class DataCheckpointer(DetectionCheckpointer):
+    """Detectron2's, which runs nothing that a file contains, takes no file with numbers that are none, and remembers
+    which names did not fit.
+
+    Loading raises UserError for other files.
+    """
+
+    def _load_file(self, filename: str) -> Any:
+        require_harmless(filename)
+        with as_trusted():
+            checkpoint = super()._load_file(filename)
+        self.names = list(checkpoint["model"])
+        require_finite(checkpoint["model"], filename)
+        return checkpoint
 
     def _load_model(self, checkpoint: Any) -> Any:
         self.incompatible = super()._load_model(checkpoint)
         return self.incompatible
 
 
-class TrainingCheckpointer(_ExactCheckpointer):
+def require_finite(state: Mapping[str, Any], source: str) -> None:
+    """
+    Args:
+        state: name -> tensor or array; other values are passed over.
+
+    Raises:
+        UserError: one of them holds NaN or infinite numbers.
+    """
+    tensors = {name: torch.as_tensor(value) for name, value in state.items() if isinstance(value, (torch.Tensor, np.ndarray))}
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{source} holds NaN or infinite numbers in {len(broken)} of {len(tensors)} tensors ({some(broken)}), so its "
+            "training diverged or the file is damaged; name another checkpoint."
+        )
+
+
+class TrainingCheckpointer(DataCheckpointer):
     """Detectron2's, which also takes published weights of slimmable networks and of classifiers in torchvision's names,
     under any file name.
 
-    Loading raises UserError where such weights do not fill the backbone completely.
+    Loading raises UserError where such weights do not fill the backbone completely, or where nothing fits the model.
     """
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
         rest = super().load(path, *args, **kwargs)
         if path:
             require_filled(self.model, self.incompatible.missing_keys, path)
+            self._require_any(path)
         return rest
+
+    def _require_any(self, path: str) -> None:
+        names = list(self.model.state_dict())
+        unfilled = {*self.incompatible.missing_keys, *(name for name, _, _ in self.incompatible.incorrect_shapes)}
+        if names and unfilled >= set(names):
+            raise UserError(
+                f"{path} has nothing for this model: none of its {len(self.names)} tensors ({some(self.names)}) fits one of "
+                f"the model's {len(names)} ({some(names)}).{_hint(names, self.names)} Name other weights, or \"\" to start "
+                "from random ones."
+            )
 
     def _load_file(self, filename: str) -> Any:
         checkpoint = super()._load_file(filename)
@@ -95,7 +139,7 @@ def load_exactly(model: nn.Module, weights: str, *, key: str) -> None:
             "checkpoint of a trained detector."
         )
     require_file(weights, key=key)
-    checkpointer = _ExactCheckpointer(model)
+    checkpointer = DataCheckpointer(model)
     with readable(weights, key=key):
         checkpointer.load(weights, checkpointables=[])
     found = checkpointer.incompatible
@@ -108,9 +152,16 @@ def load_exactly(model: nn.Module, weights: str, *, key: str) -> None:
             f"{name} {tuple(theirs)} (model: {tuple(ours)})" for name, theirs, ours in found.incorrect_shapes
         ],
     }
-    listing = [f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names]
+    listing = [f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
     if listing:
         raise UserError(
             f"{key}: {weights} does not fit the model of its config; name the checkpoint that does "
-            f"({'; '.join(listing)})."
+            f"({'; '.join(listing)}).{_hint(list(model.state_dict()), checkpointer.names)}"
         )
+
+
+def _hint(ours: Collection[str], theirs: Collection[str]) -> str:
+    """Return a sentence about what would make a file's names fit a model's, or ""."""
+    if looks_like_openmmlab(theirs) and not looks_like_openmmlab(ours):
+        return " It is OpenMMLab's: convert it with tools/convert_openmmlab.py."
+    return prefix_that_differs(ours, theirs)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode as CN
-from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
 from .keys import get_distill_cfg
 from .user_code import add_user_config
+from .yaml_files import as_text, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +35,17 @@ def read_config(config_file: str, opts: Sequence, *, source: str) -> CN:
         if str(option).startswith("--"):  # argparse takes all that follows a key for keys and values
             raise UserError(f"{option} stands behind config keys; name options before them.")
     with _in_one_sentence(source):
-        imports = _imports(config_file, opts)
+        values = _file_values(config_file)
+        imports = _imports(values, opts)
+    if imports and not _is_below_working_directory(config_file):
+        logger.warning(
+            "%s lies outside of the working directory and runs these files of yours (IMPORTS): %s", config_file, ", ".join(imports)
+        )
     add_user_config(cfg, imports)
     with _in_one_sentence(source):
         cfg.MODEL.DISTILL.METHODS = None  # so that a single name may stand without brackets: METHODS: auto
         if config_file:
-            cfg.merge_from_file(config_file)
+            _merge(cfg, values, os.path.basename(config_file))
         cfg.merge_from_list(list(opts))
     methods = cfg.MODEL.DISTILL.METHODS
     cfg.MODEL.DISTILL.METHODS = (methods,) if isinstance(methods, str) else tuple(methods or ())
@@ -65,18 +72,39 @@ def split_overrides(values: Sequence[str]) -> tuple[list[str], list[str]]:
 def _in_one_sentence(source: str) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # whatever Detectron2, yacs or the YAML parser raise on a malformed file
         reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
         raise UserError(f"{source} is not valid: {reason.rstrip('.!')}; correct it.") from error
 
 
-def _imports(config_file: str, opts: Sequence) -> Sequence[str]:
-    """``IMPORTS``, which is to be known before the keys that the files add can be read."""
+def _file_values(config_file: str) -> dict[str, Any]:
+    if config_file.endswith(".py"):
+        raise UserError(
+            f"{config_file} is a LazyConfig of Detectron2; name a YAML config, which is what train_net.py and its teachers "
+            "are described by."
+        )
+    return read_yaml(config_file) if config_file else {}
+
+
+def _merge(cfg: CN, values: Mapping[str, Any], name: str) -> None:
+    """Merge a file's values as Detectron2 merges a file, which also brings older versions up to date."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, name)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(as_text(values))
+        cfg.merge_from_file(path, allow_unsafe=False)
+
+
+def _imports(values: Mapping[str, Any], opts: Sequence) -> Sequence[str]:
+    """Read ``IMPORTS`` first: the imported files add keys that the rest of the config uses."""
     cfg = CN({"IMPORTS": ()})
-    # Where there is no file, merging it will say so.
-    if config_file and PathManager.isfile(config_file):
-        values = CN.load_yaml_with_base(config_file, allow_unsafe=True)
-        cfg.merge_from_other_cfg(CN({"IMPORTS": values.get("IMPORTS", ())}))
-    values = dict(zip(opts[::2], opts[1::2]))
-    cfg.merge_from_list(["IMPORTS", values.get("IMPORTS", cfg.IMPORTS)])
+    cfg.merge_from_other_cfg(CN({"IMPORTS": values.get("IMPORTS", ())}))
+    given = dict(zip(opts[::2], opts[1::2]))
+    cfg.merge_from_list(["IMPORTS", given.get("IMPORTS", cfg.IMPORTS)])
     return cfg.IMPORTS
+
+
+def _is_below_working_directory(path: str) -> bool:
+    return not path or os.path.realpath(path).startswith(os.path.join(os.path.realpath(os.getcwd()), ""))

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint.exact import readable
+from ..checkpoint.harmless import require_no_program
 from .evaluation import METRIC
 
 BEST = "model_best.pth"
@@ -43,6 +44,7 @@ class BestCheckpoint(HookBase):
         # A file in the folder of a run that starts is not this run's.
         if self.trainer.start_iter > 0 and comm.is_main_process() and os.path.isfile(self._path):
             with readable(self._path, key="OUTPUT_DIR"):
+                require_no_program(self._path)
                 best = torch.load(self._path, map_location="cpu", weights_only=True)["best"]
             if best["test_set"] == self._test_set:  # the APs on two data sets cannot be compared
                 self._best = best

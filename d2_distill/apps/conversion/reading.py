@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...checkpoint.exact import readable, require_file
+from ...checkpoint.harmless import require_no_program
 
 
 def read_tensors(path: str) -> Any:
@@ -18,6 +19,7 @@ def read_tensors(path: str) -> Any:
         UserError: the file is missing or cannot be read.
     """
     require_file(path, key="The checkpoint")
+    require_no_program(path)
     with readable(path, key="The checkpoint"):
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_TensorPickle)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ...checkpoint.exact import readable, require_file
+from ...checkpoint.exact import readable, require_file, require_finite
+from ...checkpoint.harmless import require_harmless
 from ...errors import UserError
 from ..command_line.files import whole_file
 
@@ -21,10 +22,12 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     """
     require_file(path, key="The checkpoint")
     with readable(path, key="The checkpoint"):
+        require_harmless(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not (isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values())):
         raise UserError(f"The checkpoint: {path} has no weights under 'model'; name one of train_net.py.")
+    require_finite(state, path)
     return checkpoint
 
 
