@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
@@ -98,6 +99,7 @@ def resolved(path: str) -> str:
 def _coco_files(row) -> CocoFiles:
     if not _is_row(row, (str, str, str)):
         raise UserError(f"DATASETS.COCO has the row {row!r}; write it as {_COCO_FORM}, three strings.")
+    _require_plain_name(row[0], "DATASETS.COCO")
     return CocoFiles(row[0], resolved(row[1]), resolved(row[2]))
 
 
@@ -107,6 +109,7 @@ def _voc_files(row) -> VocFiles:
             f"DATASETS.VOC has the row {row!r}; write it as {_VOC_FORM}, e.g. "
             "('mine', 'voc/mine', 'train', ('cat', 'dog'), 2012)."
         )
+    _require_plain_name(row[0], "DATASETS.VOC")
     files = VocFiles(row[0], resolved(row[1]), *row[2:])
     source = f"DATASETS.VOC (data set {files.name!r})"
     if files.year not in (2007, 2012):
@@ -116,6 +119,15 @@ def _voc_files(row) -> VocFiles:
     if len(set(files.class_names)) < len(files.class_names):
         raise UserError(f"{source} names a class twice in {files.class_names}; make the class names unique.")
     return files
+
+
+def _require_plain_name(name: str, key: str) -> None:
+    """
+    Raises:
+        UserError: the name could lead out of the folders of the files that are named after the data set.
+    """
+    if not re.fullmatch(r"[^/\\\0]+", name) or name.strip(".") == "":
+        raise UserError(f"{key} has a data set of the name {name!r}; files are named after it, so use no slashes.")
 
 
 def _register_coco(row, cfg) -> None:

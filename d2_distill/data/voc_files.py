@@ -145,7 +145,8 @@ def _voc_image_ids(dirname: str, split: str, found: Found) -> list[str]:
         found(Problem(problems.MISSING_SPLIT, f"the split file {split_file} is missing"))
         return []
     for words in lines:
-        if len(words) > 1:
+        leaves = os.path.isabs(words[0]) or ".." in words[0].replace("\\", "/").split("/")
+        if len(words) > 1 or leaves:
             found(Problem(problems.MALFORMED_SPLIT, f"{split_file} has the line {' '.join(words)!r}"))
     return [words[0] for words in lines]
 
