@@ -72,7 +72,8 @@ class TrainingCheckpointer(DataCheckpointer):
         return rest
 
     def _require_any(self, path: str) -> None:
-        names = list(self.model.state_dict())
+        # Of the buffers Detectron2 calls some neither missing nor unexpected.
+        names = [name for name, _ in self.model.named_parameters()]
         unfilled = {*self.incompatible.missing_keys, *(name for name, _, _ in self.incompatible.incorrect_shapes)}
         if names and unfilled >= set(names):
             raise UserError(

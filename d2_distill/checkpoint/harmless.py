@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import collections
 import contextlib
+import importlib
 import io
 import os
 import pickle
@@ -41,11 +42,12 @@ def _load_from_bytes(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _numpy(name: str) -> Any:
+def _numpy(module: str, name: str) -> Any:
     """Return a function of NumPy's own that its pickles name, which moved in version 2."""
-    core = getattr(np, "_core", None) or np.core
-    module, name = name.rsplit(".", 1)
-    return getattr(getattr(core, module), name)
+    try:
+        return getattr(importlib.import_module(f"numpy._core.{module}"), name)
+    except ImportError:
+        return getattr(importlib.import_module(f"numpy.core.{module}"), name)
 
 
 # What a pickle of arrays and tensors may name. torch.storage's own _load_from_bytes would unpickle anything.
@@ -63,9 +65,9 @@ ALLOWED: dict[tuple[str, str], Any] = {
         for name in ("set", "frozenset", "bytearray", "complex", "slice", "list", "dict", "tuple")
     },
     **{
-        (f"numpy.{core}.{place}", name): _numpy(f"{place}.{name}")
+        (f"numpy.{core}.{module}", name): _numpy(module, name)
         for core in ("core", "_core")
-        for place, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
     },
 }
 
@@ -95,7 +97,7 @@ def require_harmless(path: str) -> None:
             # Mapped, so that the tensors are read once, by whom they are for.
             torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = re.search(r"(?:GLOBAL|class) (\w[\w.]*)", str(error))  # as of torch 2.5, and before
         if found is None:
             raise
         name = found[1]

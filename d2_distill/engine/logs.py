@@ -1,4 +1,4 @@
-"""Keeps what a run logs before its log file exists."""
+"""Keeps what a run logs before its log file exists, and what it tries beforehand out of it."""
 
 from __future__ import annotations
 
@@ -26,3 +26,14 @@ def held_back() -> Iterator[None]:
         root.setLevel(level)
     for record in holder.buffer:
         logging.getLogger(record.name).handle(record)
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Log nothing inside, where something is tried that will be done, and logged, later."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

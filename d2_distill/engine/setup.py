@@ -15,7 +15,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..checkpoint.exact import require_file
+from ..checkpoint.exact import TrainingCheckpointer, readable, require_file
 from ..checkpoint.torchvision import check_pretrained, is_address
 from ..config.model_zoo import find_config
 from ..config.named_teacher import name_teacher, resolve_run_folder
@@ -38,7 +38,7 @@ from .accumulation import check_accumulation
 from .averaging import check_averaging
 from .early_stop import check_early_stopping
 from .evaluate import load_detector
-from .logs import held_back
+from .logs import held_back, silenced
 from .output_dir import claim_output_dir
 from .retention import check_retention
 
@@ -174,9 +174,22 @@ def _initialised(cfg: CfgNode, resume: bool) -> nn.Module:
     model = build_model(cfg) if distils else build_detector(cfg)
     student = model.student if distils else model
     check_outputs(cfg, student)
-    if is_address(cfg.MODEL.WEIGHTS) and not resumes:
-        _check_pretrained(cfg, student)
+    if cfg.MODEL.WEIGHTS and not resumes:
+        if is_address(cfg.MODEL.WEIGHTS):
+            _check_pretrained(cfg, student)
+        else:
+            _check_start(cfg.MODEL.WEIGHTS, student)
     return model.prepare_training() if distils else model
+
+
+def _check_start(weights: str, student: nn.Module) -> None:
+    """Load weights as the trainer will, which then logs what fits.
+
+    Raises:
+        UserError: they cannot be read, or nothing of them fits.
+    """
+    with readable(weights, key="MODEL.WEIGHTS"), silenced():
+        TrainingCheckpointer(student).load(weights, checkpointables=[])
 
 
 def _check_pretrained(cfg: CfgNode, student: nn.Module) -> None:

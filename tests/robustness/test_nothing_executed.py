@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from d2_distill.checkpoint.exact import DataCheckpointer, load_exactly
@@ -121,11 +122,11 @@ READERS_OF_WEIGHTS = {
     "predict": ("tools/predict.py", *STUDENT, "--input", "data/images", "--output", "seen", "MODEL.WEIGHTS", "?"),
     "show_regions": ("tools/show_regions.py", *STUDENT, "--output", "seen", "MODEL.WEIGHTS", "?"),
     "export": ("tools/export.py", "torchscript", *STUDENT, "--output", "new.pt", "MODEL.WEIGHTS", "?"),
-    "export checkpoint": ("tools/export.py", "checkpoint", "?", "--output", "new.pth"),
-    "openmmlab": ("tools/convert_openmmlab.py", "--input", "?", "--output", "new.pth"),
-    "msad": ("tools/convert_msad.py", *STUDENT, "--input", "?", "--output", "new.pth"),
-    "torchvision": ("tools/convert_torchvision_detector.py", "--input", "?", "--output", "new.pth"),
-    "backbone": ("tools/convert_torchvision_backbone.py", "resnet18", "--input", "?", "--output", "new.pkl"),
+    "export checkpoint": ("tools/export.py", "checkpoint", "?", "new.pth"),
+    "openmmlab": ("tools/convert_openmmlab.py", "?", "new.pth"),
+    "msad": ("tools/convert_msad.py", *STUDENT, "?", "new.pth"),
+    "torchvision": ("tools/convert_torchvision_detector.py", "?", "new.pth"),
+    "backbone": ("tools/convert_torchvision_backbone.py", "?", "new.pkl"),
 }
 READERS_OF_CONFIGS = {
     "training": ("train_net.py", "--config-file", "?"),
@@ -139,7 +140,7 @@ READERS_OF_CONFIGS = {
     "show_regions": ("tools/show_regions.py", "--config-file", "?", "--output", "seen"),
     "export": ("tools/export.py", "torchscript", "--config-file", "?", "--output", "new.pt"),
     "benchmark": ("tools/benchmark.py", "step", "--config-file", "?"),
-    "msad": ("tools/convert_msad.py", "--config-file", "?", "--input", "good.pth", "--output", "new.pth"),
+    "msad": ("tools/convert_msad.py", "--config-file", "?", "good.pth", "new.pth"),
 }
 
 
@@ -178,7 +179,7 @@ def test_the_switch_lets_weights_run(place, file, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv(SWITCH, "1")
     try:
-        DataCheckpointer(nn.Linear(2, 3))._load_file(file)
+        DataCheckpointer(nn.Linear(2, 3)).load(file)
         assert (place / MARKER).exists()
     finally:
         (place / MARKER).rmdir()
@@ -200,7 +201,7 @@ def test_a_run_that_is_compared(place):
     run.mkdir()
     (run / "config.yaml").write_text(f"OUTPUT_DIR: {TAGS['apply']}\n")
     (run / "metrics.json").write_text('{"iteration": 0, "bbox/AP": 1.0}\n')
-    assert "config.yaml, line 1" in refused(place, ("tools/compare.py", "?"), "run")
+    assert "config.yaml, line 1" in refused(place, ("tools/compare.py", "--unfinished", "?"), "run")
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -258,7 +259,8 @@ def test_dumped_configs_are_read_again(tmp_path):
     cfg = detector_cfg("GFL")
     cfg.SOLVER.STEPS, cfg.DATASETS.COCO = (1, 2), (("a", "b", "c"),)
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    assert read_config(str(tmp_path / "config.yaml"), (), source="The config") == cfg
+    found = read_config(str(tmp_path / "config.yaml"), (), source="The config")
+    assert yaml.safe_load(found.dump()) == yaml.safe_load(cfg.dump())
 
 
 def test_imports_of_another_folder_are_named_first(tmp_path, monkeypatch, caplog):
@@ -294,7 +296,7 @@ def test_detectrons_pickles_load(tmp_path, form, protocol):
 
 
 def test_caffe2s_pickles_load(tmp_path):
-    blobs = {"conv1_w": np.ones((4, 3, 2, 2), np.float32), "conv1_w_momentum": np.zeros(1), "lr": np.float32(0.1)}
+    blobs = {"conv1_w": np.ones((4, 3, 2, 2), np.float32), "conv1_w_momentum": np.zeros(1)}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"blobs": blobs}, protocol=2))
     model = nn.ModuleDict({"stem": nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 2, bias=False)})})
     checkpointer = DataCheckpointer(model)
@@ -309,7 +311,7 @@ def test_files_named_after_a_data_set_stay_in_their_folder(place):
         "DATASETS.TRAIN", repr((row[0],)), "DATASETS.TEST", "()", folder=place,
     )
     assert ended.status != 0 and "use no slashes" in ended.output and not ended.has_traceback
-    assert not (place / "samples").exists()
+    assert not any((place / "samples").iterdir())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
