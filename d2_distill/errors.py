@@ -1,8 +1,9 @@
-"""The errors that are the user's to mend, and how a tool reports them."""
+"""The errors that are the user's to fix, and how a tool reports them."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,14 +16,21 @@ class UserError(ValueError):
     """
 
 
+# A disk or a quota that is used up, and a file of the largest size that is allowed.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class PairError(UserError):
     """A method cannot serve this student with this teacher, or without one, whatever the method's own keys are."""
 
 
 def sentence_of(error: Exception) -> str:
-    """What is told of an error that is the user's to mend: a UserError, or a file that cannot be read or written."""
+    """Return what is reported of an error that is the user's to fix: a UserError, or a file that cannot be read or written."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}there is no space left ({error.strerror}); free some and continue, or name another path."
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename} cannot be used ({error.strerror}); name another path, or mend this one."
+        return f"{error.filename} cannot be used ({error.strerror}); name another path, or fix this one."
     return str(error)
 
 

@@ -10,7 +10,7 @@ from d2_distill.errors import UserError, reported
     "error, status",
     [
         (UserError("KEY is 3; set it to 4."), "error: KEY is 3; set it to 4."),
-        (FileExistsError(17, "No", "a"), "error: a cannot be used (No); name another path, or mend this one."),
+        (FileExistsError(17, "No", "a"), "error: a cannot be used (No); name another path, or fix this one."),
         (OSError("the device has gone"), "error: the device has gone"),
         (KeyboardInterrupt(), 130),
     ],

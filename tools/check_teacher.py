@@ -32,7 +32,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from d2_distill.apps.command_line.arguments import whole_number
-from d2_distill.apps.command_line.files import whole_file
+from d2_distill.whole_files import whole_file
 from d2_distill.apps.command_line.progress import Progress
 from d2_distill.apps.teacher_check import GOOD, check_teacher
 from d2_distill.data.checks import check_datasets

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project n
 import numpy as np
 import torch
 
-from d2_distill.apps.command_line.files import whole_file
+from d2_distill.whole_files import whole_file
 from d2_distill.apps.conversion import Tensors, is_state_dict, read_tensors, require_new_file
 from d2_distill.checkpoint.torchvision import identified_rules
 from d2_distill.errors import UserError, reported

@@ -32,7 +32,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from d2_distill.apps.command_line.arguments import whole_number
-from d2_distill.apps.command_line.files import whole_file
+from d2_distill.whole_files import whole_file
 from d2_distill.apps.export.checkpoint import read_checkpoint, to_half, write_checkpoint
 from d2_distill.apps.export.description import describe_model
 from d2_distill.apps.export.graphs import build_graph

@@ -38,7 +38,7 @@ from detectron2.structures import BoxMode, Instances
 from PIL import Image
 
 from d2_distill.apps.command_line.arguments import whole_number
-from d2_distill.apps.command_line.files import partial_path, whole_file
+from d2_distill.whole_files import partial_path, whole_file
 from d2_distill.apps.command_line.progress import StepProgress
 from d2_distill.apps.inference.predictor import Predictor
 from d2_distill.apps.inference.video import LiveRecording, VideoFile, VideoSource, Window, can_show

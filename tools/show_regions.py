@@ -35,7 +35,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from d2_distill.apps.command_line.arguments import whole_number
-from d2_distill.apps.command_line.files import whole_file
+from d2_distill.whole_files import whole_file
 from d2_distill.apps.pictures.heatmaps import Scene, draw_levels
 from d2_distill.apps.pictures.level_maps import SELECTED, feature_maps, focal_maps, region_maps
 from d2_distill.config.reading import split_overrides

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
@@ -14,8 +15,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..errors import UserError
+from ..whole_files import whole_file
 from .harmless import as_trusted, require_harmless
 from .names import looks_like_openmmlab, prefix_that_differs, some
+from .resuming import POINTER, find_resumable
 from .slimmable import fit_to_model, require_filled
 from .torchvision import fit_classifier, is_address
 
@@ -57,7 +60,31 @@ def require_finite(state: Mapping[str, Any], source: str) -> None:
         )
 
 
-class TrainingCheckpointer(DataCheckpointer):
+class WholeCheckpointer(DataCheckpointer):
+    """Writes checkpoints that appear complete or not at all, and continues from the newest that is whole."""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
+        path = Path(self.save_dir) / f"{name}.pth"
+        self.logger.info("Saving checkpoint to %s", path)
+        with whole_file(path) as partial, partial.open("wb") as file:
+            torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with whole_file(Path(self.save_dir) / POINTER) as partial:
+            partial.write_text(last_filename_basename)
+
+    def has_checkpoint(self) -> bool:
+        return bool(find_resumable(self.save_dir))
+
+    def get_checkpoint_file(self) -> str:
+        return find_resumable(self.save_dir)
+
+
+class TrainingCheckpointer(WholeCheckpointer):
     """Detectron2's, which also takes published weights of slimmable networks and of classifiers in torchvision's names,
     under any file name.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..checkpoint.exact import readable
 from ..checkpoint.harmless import require_no_program
+from ..whole_files import whole_file
 from .evaluation import METRIC
 
 BEST = "model_best.pth"
@@ -66,7 +68,5 @@ class BestCheckpoint(HookBase):
         )
 
     def _save(self) -> None:
-        partial = f"{self._path}.partial"
-        with open(partial, "wb") as file:
+        with whole_file(Path(self._path)) as partial, partial.open("wb") as file:
             torch.save({"model": self._model.state_dict(), "best": self._best}, file)
-        os.replace(partial, self._path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint.exact import load_exactly
+from ..checkpoint.resuming import find_resumable
 from ..detectors.building import build_detector
 from .trainer import Trainer
 
@@ -24,10 +24,7 @@ def load_detector(cfg: CfgNode, resume: bool = False, *, weights_key: str = "MOD
         UserError: the checkpoint is missing, or does not fit the model exactly.
     """
     model = build_detector(cfg)
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    weights = cfg.MODEL.WEIGHTS
-    if resume and checkpointer.has_checkpoint():
-        weights = checkpointer.get_checkpoint_file()
+    weights = (find_resumable(cfg.OUTPUT_DIR) if resume else "") or cfg.MODEL.WEIGHTS
     load_exactly(model, weights, key=weights_key)
     return model
 

@@ -16,6 +16,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint.exact import TrainingCheckpointer, readable, require_file
+from ..checkpoint.resuming import find_resumable
 from ..checkpoint.torchvision import check_pretrained, is_address
 from ..config.model_zoo import find_config
 from ..config.named_teacher import name_teacher, resolve_run_folder
@@ -167,7 +168,7 @@ def _check_precision(cfg: CfgNode) -> None:
 
 def _initialised(cfg: CfgNode, resume: bool) -> nn.Module:
     """The model before the trainer loads the last checkpoint, or else ``MODEL.WEIGHTS``."""
-    resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    resumes = resume and bool(find_resumable(cfg.OUTPUT_DIR))
     if cfg.MODEL.WEIGHTS and not resumes:
         require_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
     distils = cfg.MODEL.META_ARCHITECTURE == DISTILLER

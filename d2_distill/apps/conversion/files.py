@@ -13,7 +13,7 @@ from torch import nn
 from ...checkpoint.exact import load_exactly
 from ...detectors.building import build_detector
 from ...errors import UserError
-from ..command_line.files import whole_file
+from ...whole_files import whole_file
 from .result import Conversion
 
 

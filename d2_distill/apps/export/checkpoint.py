@@ -12,7 +12,7 @@ import torch
 from ...checkpoint.exact import readable, require_file, require_finite
 from ...checkpoint.harmless import require_harmless
 from ...errors import UserError
-from ..command_line.files import whole_file
+from ...whole_files import whole_file
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..command_line.files import whole_file
+from ...whole_files import whole_file
 
 
 def write_picture(picture: np.ndarray, target: Path) -> None:

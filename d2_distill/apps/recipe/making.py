@@ -16,7 +16,7 @@ from ...data.classes import with_classes
 from ...data.own_sets import name_data
 from ...data.registration import register_datasets
 from ...errors import UserError
-from ..command_line.files import whole_file
+from ...whole_files import whole_file
 from ..data_check.inspection import Inspection, inspect_annotations
 from . import choices
 from .detectors import PAIRS
