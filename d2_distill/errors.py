@@ -18,6 +18,8 @@ class UserError(ValueError):
 
 # A disk or a quota that is used up, and a file of the largest size that is allowed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Files that may not be written.
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class PairError(UserError):

@@ -18,7 +18,8 @@ from detectron2.utils import comm
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.multiprocessing import ProcessExitedException
 
-from ..errors import UserError
+from ..errors import FORBIDDEN, FULL, UserError, sentence_of
+from .logs import close_log_files
 
 
 def start(main: Callable[[Any], Any], args: Any) -> None:
@@ -83,17 +84,25 @@ def _report(main: Callable[[Any], Any], args: Any) -> None:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         is_first = _count_failures(1) == 1
-        if isinstance(error, UserError):
+        if _is_users(error):
+            close_log_files()
             if is_first:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {sentence_of(error)}", file=sys.stderr, flush=True)
         elif is_first:
             raise
         sys.exit(1)
 
 
+def _is_users(error: BaseException | None) -> bool:
+    """Return whether an error is the user's to fix: a UserError, or a file that cannot be written."""
+    return isinstance(error, UserError) or isinstance(error, OSError) and error.errno in (*FULL, *FORBIDDEN)
+
+
 def _without_needless_traceback(record: logging.LogRecord) -> bool:
     """Filter for the logger of Detectron2's training loop, which logs every exception with its traceback."""
     error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, OSError) and _is_users(error):
+        return False  # the log itself may lie there
     if isinstance(error, UserError):
         record.msg, record.args, record.exc_info = f"{record.getMessage()} {error}", (), None
         return True

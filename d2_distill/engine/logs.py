@@ -1,4 +1,4 @@
-"""Keeps what a run logs before its log file exists, and what it tries beforehand out of it."""
+"""What a run logs before its log file exists, what it keeps out of it, and what happens when it cannot be written."""
 
 from __future__ import annotations
 
@@ -37,3 +37,29 @@ def silenced() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def _log_files() -> Iterator[logging.StreamHandler]:
+    for name in ("", "detectron2", "fvcore", "d2_distill"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream not in (sys.stdout, sys.stderr):
+                yield handler
+
+
+def raise_when_full() -> None:
+    """Let a log file that cannot be written end the run, where logging would print a traceback for each line."""
+
+    def handle(record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise error
+
+    for handler in _log_files():
+        handler.handleError = handle
+
+
+def close_log_files() -> None:
+    """Close them now, so that nothing fails to be written when Python ends."""
+    for handler in list(_log_files()):
+        with contextlib.suppress(OSError, ValueError):
+            handler.stream.close()

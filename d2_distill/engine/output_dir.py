@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import os
+from collections.abc import Iterable
 
 import yaml
 from detectron2.utils import comm
 
+from ..checkpoint.resuming import find_resumable
+from ..config.keys import get_distill_cfg
 from ..errors import UserError
 
 _RUN_FILES = ("last_checkpoint", "metrics.json")
@@ -49,22 +53,46 @@ def _refusal(cfg, resume: bool) -> str | None:
     if os.path.exists(folder) and not os.path.isdir(folder):
         return f"OUTPUT_DIR {folder} is a file; name a folder."
     held = [name for name in _RUN_FILES if _is_filled(os.path.join(folder, name))]
+    held += sorted(os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "model_*.pth")))
     if not held:
         return None
     if not resume:
         return f"OUTPUT_DIR {folder} holds a run already ({held[0]}); name another or continue with --resume."
-    path = os.path.join(folder, "config.yaml")
+    path, dumped = os.path.join(folder, "config.yaml"), cfg.dump()
     try:
         with open(path, encoding="utf-8") as file:
-            stored = flatten(yaml.safe_load(file))
+            text = file.read()
+        # A process that is killed while it starts may leave the beginning of the same config.
+        stored = flatten(yaml.safe_load(dumped if dumped.startswith(text) else text))
     except (OSError, yaml.YAMLError, AttributeError):
         return f"OUTPUT_DIR {folder} holds a run whose {path} cannot be read; restore it or name another."
-    wanted = flatten(yaml.safe_load(cfg.dump()))
-    return _difference(stored, wanted, folder, has_checkpoint="last_checkpoint" in held)
+    wanted = flatten(yaml.safe_load(dumped))
+    # A run of an earlier version knows nothing of later keys, whose defaults are what it did.
+    stored = {**_defaults(wanted), **stored}
+    try:
+        return _difference(stored, wanted, folder, has_checkpoint=bool(find_resumable(folder)))
+    except UserError as error:
+        return str(error)
+
+
+def _defaults(keys: Iterable[str]) -> dict:
+    """Return the default values of keys; those of a user's own files have none here."""
+    defaults = flatten(yaml.safe_load(get_distill_cfg().dump()))
+    return {key: defaults[key] for key in keys if key in defaults}
 
 
 def _is_filled(path: str) -> bool:
     return os.path.isfile(path) and os.path.getsize(path) > 0
+
+
+def end_last_line(path: str) -> None:
+    """Cut what a killed process wrote of a line, so that the next line is whole."""
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb+") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def flatten(node: dict, prefix: str = "") -> dict:

@@ -39,9 +39,11 @@ from .accumulation import check_accumulation
 from .averaging import check_averaging
 from .early_stop import check_early_stopping
 from .evaluate import load_detector
-from .logs import held_back, silenced
-from .output_dir import claim_output_dir
+from .lock import lock_folder
+from .logs import held_back, raise_when_full, silenced
+from .output_dir import claim_output_dir, end_last_line
 from .retention import check_retention
+from .teacher_identity import require_same_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +76,18 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
             args.config_file = find_config(args.config_file, key="The config")
         # No process may write into the folder before all have looked into it.
         comm.synchronize()
+        lock_folder(cfg.OUTPUT_DIR)
+        if comm.is_main_process():
+            end_last_line(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))
         try:
+            # The first two as default_setup does, which then finds them.
+            setup_logger(run_cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fvcore")
+            setup_logger(run_cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+            setup_logger(run_cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_distill")
+            raise_when_full()
             default_setup(run_cfg, args)
         except OSError as error:
             raise UserError(f"OUTPUT_DIR: {sentence_of(error)}") from error
-        setup_logger(run_cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_distill")
     return cfg, model
 
 
@@ -168,7 +177,7 @@ def _check_precision(cfg: CfgNode) -> None:
 
 def _initialised(cfg: CfgNode, resume: bool) -> nn.Module:
     """The model before the trainer loads the last checkpoint, or else ``MODEL.WEIGHTS``."""
-    resumes = resume and bool(find_resumable(cfg.OUTPUT_DIR))
+    resumes = find_resumable(cfg.OUTPUT_DIR) if resume else ""
     if cfg.MODEL.WEIGHTS and not resumes:
         require_file(cfg.MODEL.WEIGHTS, key="MODEL.WEIGHTS")
     distils = cfg.MODEL.META_ARCHITECTURE == DISTILLER
@@ -180,7 +189,12 @@ def _initialised(cfg: CfgNode, resume: bool) -> nn.Module:
             _check_pretrained(cfg, student)
         else:
             _check_start(cfg.MODEL.WEIGHTS, student)
-    return model.prepare_training() if distils else model
+    if not distils:
+        return model
+    model.prepare_training()
+    if resumes and model.teacher is not None:
+        require_same_teacher(resumes, model.teacher)
+    return model
 
 
 def _check_start(weights: str, student: nn.Module) -> None:

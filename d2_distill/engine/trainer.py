@@ -6,6 +6,7 @@ import contextlib
 import os
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.exact import TrainingCheckpointer, readable
+from ..checkpoint.resuming import trained_until
 from ..checkpoint.torchvision import is_address, load_pretrained
 from ..config.pretrained import require_corrected
 from ..data.loader import build_test_loader, build_train_loader
@@ -34,10 +36,11 @@ from .averaging import AverageWeights, AveragingCheckpointer, WeightAverage
 from .best import BestCheckpoint
 from .early_stop import EarlyStopping, StoppableLoop
 from .evaluation import PeriodicEvaluation
-from .hooks import LossNormalizers, SeedEveryStep, StopOnSignal, TrainingClock
+from .hooks import FINAL, LossNormalizers, SeedEveryStep, StopOnSignal, TrainingClock
 from .optimizer import build_optimizer
 from .retention import RecentCheckpoints
 from .run_summary import log_summary
+from .teacher_identity import ENTRY, TeacherIdentity
 
 
 class Trainer(DefaultTrainer, StoppableLoop):
@@ -143,10 +146,18 @@ class Trainer(DefaultTrainer, StoppableLoop):
         if comm.is_main_process():
             model = getattr(self.model, "module", self.model)
             log_summary(self.cfg, model, images=len(self._trainer.data_loader.dataset))
+        if self.start_iter >= self.max_iter:
+            self._end_again()
         # A scripted function (the focal loss) rounds differently once it is optimised, after its first calls
         # in a process. On GPUs, where runs do not repeat to the bit anyway, that saves much memory.
         with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
             return super().train()
+
+    def _end_again(self) -> None:
+        """Write the last checkpoint of a run that was killed after its last step."""
+        path = Path(self.cfg.OUTPUT_DIR) / f"{FINAL}.pth"
+        if comm.is_main_process() and trained_until(path) != self.start_iter - 1:
+            self.checkpointer.save(FINAL, iteration=self.start_iter - 1)
 
     def run_step(self) -> None:
         self._batch_files.clear()
@@ -176,6 +187,8 @@ def build_checkpointer(
             checkpointables["distill"] = model.methods
         if model.balance is not None:
             checkpointables["balance"] = model.balance
+        if model.teacher is not None:
+            checkpointables[ENTRY] = TeacherIdentity(model.teacher)
     if average is not None:
         return AveragingCheckpointer(student_of(model), save_dir, average=average, **checkpointables)
     return TrainingCheckpointer(student_of(model), save_dir, **checkpointables)

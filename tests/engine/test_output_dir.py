@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import yaml
 
 from d2_distill.config.keys import get_distill_cfg
-from d2_distill.engine.output_dir import claim_output_dir
+from d2_distill.engine.output_dir import claim_output_dir, end_last_line
 from d2_distill.errors import UserError
 
 
@@ -19,6 +21,7 @@ def run(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.yaml").write_text(cfg.dump())
     (tmp_path / "out" / "metrics.json").write_text('{"iteration": 1}\n')
+    torch.save({"model": {}, "trainer": {}, "iteration": 1}, tmp_path / "out" / "model_0000001.pth")
     (tmp_path / "out" / "last_checkpoint").write_text("model_0000001.pth")
     return cfg
 
@@ -40,9 +43,9 @@ def test_new_and_empty_folders_are_free(tmp_path, resume):
     assert (tmp_path / "out" / "config.yaml").read_text() == "A: 1"
 
 
-@pytest.mark.parametrize("left", ["last_checkpoint", "metrics.json"])
+@pytest.mark.parametrize("left", ["last_checkpoint", "metrics.json", "model_0000001.pth"])
 def test_another_run_is_refused_without_resume(run, tmp_path, left):
-    for name in {"last_checkpoint", "metrics.json"} - {left}:
+    for name in {"last_checkpoint", "metrics.json", "model_0000001.pth"} - {left}:
         (tmp_path / "out" / name).unlink()
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match=rf"{run.OUTPUT_DIR} holds a run already \({left}\).*--resume"):
@@ -103,7 +106,8 @@ def test_what_defines_a_run(run, tmp_path, key, value, sentence):
 
 
 def test_weights_define_a_run_before_its_first_checkpoint(run, tmp_path):
-    (tmp_path / "out" / "last_checkpoint").unlink()
+    for name in ("last_checkpoint", "model_0000001.pth"):
+        (tmp_path / "out" / name).unlink()
     run.MODEL.WEIGHTS = "other.pth"
     with pytest.raises(UserError, match="MODEL.WEIGHTS was '' and is 'other.pth'"):
         claim_output_dir(run, resume=True)
@@ -115,9 +119,46 @@ def test_many_differences_are_counted(run):
         claim_output_dir(run, resume=True)
 
 
-@pytest.mark.parametrize("text", [None, "A: [", "just text", ""])
+@pytest.mark.parametrize("text", [None, "A: [", "just text"])
 def test_run_whose_config_is_lost(run, tmp_path, text):
     path = tmp_path / "out" / "config.yaml"
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(UserError, match=f"holds a run whose {path} cannot be read; restore it"):
         claim_output_dir(run, resume=True)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.999])
+def test_a_start_that_was_killed_is_resumed(run, tmp_path, part):
+    """It leaves the beginning of the config that it wrote."""
+    text = run.dump()
+    (tmp_path / "out" / "config.yaml").write_text(text[: int(len(text) * part)])
+    claim_output_dir(run, resume=True)
+
+
+def test_a_run_of_an_earlier_version_is_resumed(run, tmp_path):
+    """Its config lacks later keys, whose defaults are what it did; other values are another run."""
+    path = tmp_path / "out" / "config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    del stored["MODEL"]["DISTILL"]["NORMALIZE_PER_PROCESS"], stored["SOLVER"]["EMA"]
+    path.write_text(yaml.safe_dump(stored))
+    claim_output_dir(run, resume=True)
+    run.SOLVER.EMA.ENABLED = True
+    with pytest.raises(UserError, match="SOLVER.EMA.ENABLED was False and is True"):
+        claim_output_dir(run, resume=True)
+
+
+def test_weights_alone_are_nothing_to_continue_from(run, tmp_path):
+    (tmp_path / "out" / "model_0000001.pth").unlink()
+    torch.save({"model": {}}, tmp_path / "out" / "model_final.pth")
+    with pytest.raises(UserError, match="no checkpoint to continue from: model_final.pth is damaged or without the state"):
+        claim_output_dir(run, resume=True)
+
+
+@pytest.mark.parametrize("content, expected", [
+    (b'{"iteration": 1}\n{"iter', b'{"iteration": 1}\n'), (b'{"iteration": 1}\n', b'{"iteration": 1}\n'), (b'{"it', b""), (b"", b""),
+])
+def test_half_a_line_is_cut(tmp_path, content, expected):
+    (tmp_path / "metrics.json").write_bytes(content)
+    end_last_line(str(tmp_path / "metrics.json"))
+    assert (tmp_path / "metrics.json").read_bytes() == expected
+    end_last_line(str(tmp_path / "none.json"))

@@ -6,9 +6,9 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,19 +35,25 @@ class Ended:
         return [line for line in self.output.splitlines() if line.startswith("error: ") or ": error: " in line]
 
 
-def call(program: str, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None) -> Ended:
-    """Run a program of the project, such as "tools/predict.py", with a working directory."""
+def call(program: str, *arguments: str, folder: Path, ending: Callable[[], Any] = lambda: None) -> Ended:
+    """Run a program of the project, such as "tools/predict.py", with a working directory.
+
+    Args:
+        ending: called in the process of the program at its end.
+    """
     log = folder / ".output"
     process = os.fork()
     if process == 0:
-        os._exit(_child(program, [str(word) for word in arguments], folder, log, environment or {}))
+        status = _child(program, [str(word) for word in arguments], folder, log)
+        ending()
+        os._exit(status)
     _, status = os.waitpid(process, 0)
     output = log.read_text(encoding="utf-8", errors="replace")
     log.unlink()
     return Ended(os.waitstatus_to_exitcode(status), output)
 
 
-def _child(program: str, arguments: list[str], folder: Path, log: Path, environment: Mapping[str, str]) -> int:
+def _child(program: str, arguments: list[str], folder: Path, log: Path) -> int:
     target = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(target, stream)
@@ -55,7 +61,6 @@ def _child(program: str, arguments: list[str], folder: Path, log: Path, environm
     status = 1
     try:
         os.chdir(folder)
-        os.environ.update(environment)
         sys.argv = [program, *arguments]
         spec = importlib.util.spec_from_file_location("__main__", ROOT / program)
         module = importlib.util.module_from_spec(spec)
