@@ -26,7 +26,7 @@ endif
 OLDEST_TESTS := tests/methods/test_mixed_precision.py $(addprefix tests/,test_staged.py test_distiller.py golden \
   losses assigners regions boxes layers oldest)
 
-.PHONY: help install quickstart test test-oldest
+.PHONY: help install quickstart test robustness test-oldest
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,11 +40,14 @@ quickstart: $(INSTALLED)  ## train a teacher, a plain and a distilled student on
 	$(ONE_THREAD) $(RUN) train_net.py --config-file configs/quickstart/distilled.yaml --resume
 	$(ONE_THREAD) $(RUN) tools/compare.py --output $(OUTPUT)/comparison --baseline plain \
 	  $(OUTPUT)/teacher plain=$(OUTPUT)/student $(OUTPUT)/distilled
-	$(ONE_THREAD) $(RUN) tools/export.py onnx --config-file $(OUTPUT)/distilled/config.yaml --output $(OUTPUT)/student.onnx \
+	$(ONE_THREAD) $(RUN) tools/export.py onnx --config-file $(OUTPUT)/distilled/config.yaml --output $(OUTPUT)/student.onnx --overwrite \
 	  MODEL.WEIGHTS $(OUTPUT)/distilled/model_final.pth
 
 test: $(INSTALLED)  ## run the tests
 	$(ONE_THREAD) $(RUN) -m pytest tests -q -n 2 --dist loadfile
+
+robustness: $(INSTALLED)  ## kill and refuse every single write of a run, which make test does for a part of them
+	D2_DISTILL_ROBUSTNESS=all $(ONE_THREAD) $(RUN) -m pytest tests/robustness -q -n 2
 
 test-oldest:  ## run a part of the tests with the oldest Python and packages that setup.py admits
 	@if ! bash tests/oldest/python.sh > /dev/null; then [ -n "$(SKIP_OLDEST)" ] && echo "test-oldest: skipped"; exit; fi; \

@@ -39,6 +39,18 @@ def whole_file(target: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def require_free(path: Path, *, overwrite: bool, option: str) -> None:
+    """
+    Args:
+        option: that names the path, for the message.
+
+    Raises:
+        UserError: the path exists, and it is not to be overwritten.
+    """
+    if path.exists() and not overwrite:
+        raise UserError(f"{option}: {path} exists; name another path, or add --overwrite.")
+
+
 def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

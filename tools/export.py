@@ -32,7 +32,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from d2_distill.apps.command_line.arguments import whole_number
-from d2_distill.whole_files import whole_file
+from d2_distill.whole_files import require_free, whole_file
 from d2_distill.apps.export.checkpoint import read_checkpoint, to_half, write_checkpoint
 from d2_distill.apps.export.description import describe_model
 from d2_distill.apps.export.graphs import build_graph
@@ -75,6 +75,7 @@ def export_graph(args: argparse.Namespace) -> None:
     suffix = next(suffix for suffix, name in SUFFIXES.items() if name == args.format)
     if args.output.suffix != suffix:
         raise UserError(f"{args.output} must end with {suffix}.")
+    require_free(args.output, overwrite=args.overwrite, option="--output")
     if args.format == "onnx":
         require_onnx()
     fixed_size = tuple(args.fixed_size) if getattr(args, "fixed_size", None) else None
@@ -186,6 +187,7 @@ def parse_args() -> argparse.Namespace:
     graph = argparse.ArgumentParser(add_help=False)
     graph.set_defaults(command=export_graph)
     graph.add_argument("--output", type=Path, required=True, metavar="FILE")
+    graph.add_argument("--overwrite", action="store_true", help="replace the file if there is one")
     graph.add_argument("--raw", action="store_true", help="the head's outputs instead of detections")
     images = graph.add_mutually_exclusive_group()
     images.add_argument("--image", action="append", metavar="FILE", help="a picture to compare on; may be repeated")

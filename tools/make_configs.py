@@ -27,6 +27,7 @@ from d2_distill.data.own_sets import add_data_arguments
 from d2_distill.detectors.building import build_detector
 from d2_distill.engine.run_summary import Cost
 from d2_distill.errors import UserError, reported
+from d2_distill.whole_files import require_free
 
 _UNITS = {"s": 1, "min": 60, "h": 3600}
 
@@ -60,9 +61,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.train_data:
         raise UserError("--train-data is missing; name annotations and images to train on.")
     for role in ("teacher", "student", "distilled"):
-        path = args.output / f"{role}.yaml"
-        if path.exists() and not args.overwrite:
-            raise UserError(f"--output: {path} exists; name another folder, or add --overwrite.")
+        require_free(args.output / f"{role}.yaml", overwrite=args.overwrite, option="--output")
     cfg, train = inspect(args.train_data, args.test_data)
     recipe = make_recipe(
         cfg, train, name=args.output.resolve().name, head=args.head, size=args.size, pretrained=not args.from_scratch,

@@ -102,7 +102,7 @@ def place(tmp_path_factory) -> Path:
     cfg.OUTPUT_DIR = "output"
     (folder / "student.yaml").write_text(cfg.dump())
     torch.save({"model": build(cfg).state_dict()}, folder / "good.pth")
-    student, cfg.MODEL.DISTILL.STUDENT = "RetinaNet", "RetinaNet"
+    cfg.MODEL.DISTILL.STUDENT = "RetinaNet"
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DISTILL.METHODS = "Distiller", ("PKD",)
     cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE, cfg.MODEL.DISTILL.TEACHER.WEIGHTS = "student.yaml", "good.pth"
     (folder / "distilled.yaml").write_text(cfg.dump())

@@ -305,3 +305,10 @@ def test_a_graph_that_keeps_a_size_is_not_written(trained, tmp_path, monkeypatch
     raw = ["--raw", "--noise", "--output", tmp_path / "out" / "raw.pt"]
     with pytest.raises(SystemExit, match="error: .*raw.pt was not written: it differs|The exported graph fails"):
         run(monkeypatch, "torchscript", *options, *raw, *values)
+
+
+def test_a_file_is_not_overwritten_unasked(monkeypatch, tmp_path, capsys):
+    (tmp_path / "student.pt").write_text("mine")
+    with pytest.raises(SystemExit, match=r"--output: .*student.pt exists; name another path, or add --overwrite"):
+        run(monkeypatch, "torchscript", "--config-file", "none.yaml", "--output", tmp_path / "student.pt")
+    assert (tmp_path / "student.pt").read_text() == "mine"

@@ -107,7 +107,7 @@ def test_nothing_is_overwritten_unasked(data, tmp_path):
     folder = tmp_path / "mine"
     make(data, folder, "--from-scratch")
     before = (folder / "student.yaml").read_text()
-    with pytest.raises(SystemExit, match="exists; name another folder, or add --overwrite"):
+    with pytest.raises(SystemExit, match="exists; name another path, or add --overwrite"):
         make(data, folder, "--from-scratch", "--head", "ATSS")
     assert (folder / "student.yaml").read_text() == before
     make(data, folder, "--from-scratch", "--head", "ATSS", "--overwrite")

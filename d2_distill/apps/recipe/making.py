@@ -16,7 +16,7 @@ from ...data.classes import with_classes
 from ...data.own_sets import name_data
 from ...data.registration import register_datasets
 from ...errors import UserError
-from ...whole_files import whole_file
+from ...whole_files import require_free, whole_file
 from ..data_check.inspection import Inspection, inspect_annotations
 from . import choices
 from .detectors import PAIRS
@@ -119,8 +119,7 @@ def write(recipe: Recipe, folder: Path, *, overwrite: bool) -> list[Path]:
     """
     paths = [folder / f"{role}.yaml" for role in ROLES]
     for path in paths:
-        if path.exists() and not overwrite:
-            raise UserError(f"--output: {path} exists; name another folder, or add --overwrite.")
+        require_free(path, overwrite=overwrite, option="--output")
     for role, path in zip(ROLES, paths):
         with whole_file(path) as partial:
             partial.write_text(recipe.config(role, os.path.relpath(folder).replace(os.sep, "/")), encoding="utf-8")
