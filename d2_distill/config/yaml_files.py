@@ -50,10 +50,9 @@ def _read(path: str, readers: tuple[str, ...]) -> dict[str, Any]:
             values = loader.get_single_data()
         finally:
             loader.dispose()
-    if values is None:
-        values = {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} is a {type(values).__name__}, not a mapping of config keys to values; correct it.")
+        what = "empty" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{path} is {what}, not a mapping of config keys to values; correct it.")
     bases = values.pop(BASE, [])
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
