@@ -77,6 +77,8 @@ def _required(settings: dict[str, Any]) -> list[str]:
     keys = ["MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT"]
     if "MODEL.RESNETS.DEPTH" in settings:
         keys.append("MODEL.RESNETS.STRIDE_IN_1X1")
+    if "MODEL.RESNETS.DEFORM_ON_PER_STAGE" in settings:
+        keys += ["MODEL.RESNETS.DEFORM_MODULATED", "MODEL.RESNETS.DEFORM_NUM_GROUPS"]
     if settings["MODEL.META_ARCHITECTURE"] == "OpenMMLabFCOS":
         keys += ["MODEL.FCOS.CENTERNESS_ON", "MODEL.FCOS.CENTER_SAMPLING_RADIUS"]
         if not settings["MODEL.FCOS.REG_MAX"]:
