@@ -25,8 +25,8 @@ class _ExactCheckpointer(DetectionCheckpointer):
 
 
 class TrainingCheckpointer(_ExactCheckpointer):
-    """Detectron2's, which also takes published weights of slimmable networks and of classifiers in torchvision's names,
-    under any file name.
+    """Detectron2's, which also takes published weights of slimmable networks and of classifiers in torchvision's or
+    timm's names, under any file name, and as ``.safetensors``.
 
     Loading raises UserError where such weights do not fill the backbone completely.
     """
@@ -38,12 +38,21 @@ class TrainingCheckpointer(_ExactCheckpointer):
         return rest
 
     def _load_file(self, filename: str) -> Any:
-        checkpoint = super()._load_file(filename)
+        read = _read_safetensors if filename.endswith(".safetensors") else super()._load_file
+        checkpoint = read(filename)
         state = fit_to_model(checkpoint["model"], self.model, filename)
         if "__author__" not in checkpoint:  # others are matched with the backbone's names by Detectron2
             state = fit_classifier(state, self.model, filename)
         checkpoint["model"] = state
         return checkpoint
+
+
+def _read_safetensors(filename: str) -> dict[str, Any]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(f"MODEL.WEIGHTS: {filename} needs safetensors ({error}); install it: pip install safetensors.") from error
+    return {"model": load_file(filename)}
 
 
 def require_file(weights: str, *, key: str) -> None:
