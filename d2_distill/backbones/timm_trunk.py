@@ -100,6 +100,7 @@ class TimmTrunk(Backbone):
         self._out_feature_channels = dict(zip(self._out_features, info.channels()))
         self._channels_last = str(getattr(getattr(self.body, "output_fmt", None), "value", "NCHW")) == "NHWC"
         self._require_maps()
+        self.train()
 
         if any(deform_on_per_stage):
             self._deform(deform_on_per_stage, modulated=deform_modulated)
@@ -132,10 +133,17 @@ class TimmTrunk(Backbone):
             self._exchange(name, freeze_batch_norms(part))
 
     def from_classifier(self, tensors: Mapping[str, T]) -> dict[str, T]:
-        """Return what belongs to this network of the tensors of timm's classifier, by this network's names."""
-        given = {_dotted(name): value for name, value in tensors.items()}
-        own = {name: _dotted(name[len("body.") :]) for name in self.state_dict()}
-        return {name: given[theirs] for name, theirs in own.items() if theirs in given}
+        """Return what belongs to this network of the tensors of timm's classifier, by this network's names.
+
+        What a deeper network has more in the same stages is among it.
+        """
+        own = {_dotted(name[len("body.") :]): name for name in self.state_dict()}
+        parts = tuple(f"{_dotted(name)}." for name, _ in self._parts())
+        return {
+            own.get(_dotted(name), f"body.{name}"): value
+            for name, value in tensors.items()
+            if _dotted(name) in own or _dotted(name).startswith(parts)
+        }
 
     def image_convolutions(self) -> list[str]:
         """Names of the weights of the convolutions that read the image."""
@@ -146,22 +154,24 @@ class TimmTrunk(Backbone):
         ]
 
     def _require_maps(self) -> None:
-        """
+        """Check the features of a small image, and stop the training of parameters that none of them depends on.
+
         Raises:
             UserError: the network does not take images of any size, or its maps are not what it declares.
         """
-        image = torch.zeros(1, 3, *_PROBE_SIZE, device=next(self.body.parameters()).device)
-        training = self.training
+        parameters = list(self.body.parameters())
+        image = torch.zeros(1, 3, *_PROBE_SIZE, device=parameters[0].device)
         try:
-            with torch.no_grad():
-                shapes = [tuple(feature.shape[1:]) for feature in self.eval()(image).values()]
+            with torch.enable_grad():
+                features = list(self.eval()(image).values())
+                gradients = torch.autograd.grad(sum(each.sum() for each in features), parameters, allow_unused=True)
         except Exception as error:  # whatever a network with a fixed size of images raises
             reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
             raise UserError(
                 f"MODEL.TIMM.NAME: {self.architecture} does not run on images of {_PROBE_SIZE[0]}x{_PROBE_SIZE[1]} pixels "
                 f"({reason}); choose a network that takes any size divisible by 32."
             ) from error
-        self.train(training)
+        shapes = [tuple(each.shape[1:]) for each in features]
         expected = [
             (self._out_feature_channels[name], *(side // self._out_feature_strides[name] for side in _PROBE_SIZE))
             for name in self._out_features
@@ -170,6 +180,8 @@ class TimmTrunk(Backbone):
             raise UserError(
                 f"MODEL.TIMM.NAME: {self.architecture} makes maps of {shapes}, not of {expected}; choose another network."
             )
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.requires_grad_(gradient is not None)
 
     def _deform(self, on_per_stage: Sequence[bool], *, modulated: bool) -> None:
         key = "MODEL.TIMM.DEFORM_ON_PER_STAGE"

@@ -114,7 +114,8 @@ def _weights_of(name: str) -> TimmWeights:
         similar = difflib.get_close_matches(model, timm.list_models(), n=1)
         remedy = f"did you mean {PREFIX}{similar[0]}?" if similar else "timm.list_models() names all."
         raise UserError(f"MODEL.WEIGHTS: timm {timm.__version__} has no model {model!r}; {remedy}")
-    known = [each.partition(".")[2] for each in timm.list_pretrained(f"{model}.*") + timm.list_pretrained(model)]
+    listed = [*timm.list_pretrained(f"{model}.*"), *timm.list_pretrained(model)]
+    known = list(dict.fromkeys(each.partition(".")[2] for each in listed))
     if tag and tag not in known:
         raise UserError(
             f"MODEL.WEIGHTS: timm's {model} has no weights {tag!r}; use one of {', '.join(known) or 'other models'}, or "

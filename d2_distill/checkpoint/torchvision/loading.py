@@ -212,7 +212,8 @@ def _require_complete(
         weights: what they are, if it is known.
 
     Raises:
-        UserError: a tensor of the backbone is missing or has another shape, or the detector has no such backbone.
+        UserError: a tensor of the backbone is missing or has another shape, or the classifier is deeper, or the detector
+            has no such backbone.
     """
     trunks = list(_trunks(model))
     if not trunks:
@@ -223,7 +224,12 @@ def _require_complete(
         )
         raise UserError(f"MODEL.WEIGHTS: {source} cannot fill the backbone of {type(model).__name__}; {remedy}.")
     for _, trunk in trunks:
-        lacking = list(_lacking(trunk, found))
+        lacking, surplus = list(_lacking(trunk, found)), list(_surplus(trunk, found))
+        if surplus and not lacking:
+            raise UserError(
+                f"MODEL.WEIGHTS: {source} does not fit the backbone, a {type(trunk).__name__}: it has {len(surplus)} tensors "
+                f"more in its stages ({surplus[0]}, ...); {_remedy(trunk, weights)}."
+            )
         if lacking:
             names = ", ".join([*lacking[:3], *["..."] * (len(lacking) > 3)])
             raise UserError(
@@ -242,11 +248,28 @@ def _lacking(trunk: nn.Module, found: Mapping[str, torch.Size]) -> Iterator[str]
             yield f"{name} {tuple(found[name])} (backbone: {tuple(shape)})"
 
 
+def _surplus(trunk: nn.Module, found: Mapping[str, torch.Size]) -> Iterator[str]:
+    """Yield what a classifier has beyond a trunk's tensors in the stages of the trunk, as deeper networks do."""
+    wanted = _wanted(trunk)
+    stages = {_stage(name) for name in wanted}
+    for name in found:
+        if name not in wanted and not name.endswith(COUNTER) and (_stage(name) in stages or name.startswith("body.")):
+            yield name
+
+
+def _stage(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] == "features" else 1])
+
+
 def _remedy(trunk: nn.Module, weights: TorchvisionWeights | TimmWeights | None) -> str:
     """Return what to change: the weights, or the network."""
     if isinstance(trunk, TimmTrunk):
         return f"use {TIMM_PREFIX}{trunk.architecture}"
-    fitting = [model for model, rules in RULES.items() if not any(_lacking(trunk, renamed(shapes_of(model), rules)))]
+    layouts = {model: renamed(shapes_of(model), rules) for model, rules in RULES.items()}
+    fitting = [
+        model for model, shapes in layouts.items() if not any(_lacking(trunk, shapes)) and not any(_surplus(trunk, shapes))
+    ]
     if fitting:
         remedies = [f"use {PREFIX}{fitting[0]}"]
     elif isinstance(trunk, Slimmable):
