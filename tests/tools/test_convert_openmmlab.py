@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from d2_distill.errors import UserError
 from d2_distill.layers.deformable import DeformableConv2d
 from d2_distill.losses import align_statistics
 
+from ..backbones.torchvision_trunks import diversify
 from ..golden import cases
 from . import conversions
 from . import openmmlab_models as theirs
@@ -233,6 +235,36 @@ def test_deformable_convolutions(modulated):
     found = model.backbone.bottom_up(image)
     for name, expected in zip(("res3", "res4", "res5"), theirs.resnet_features(original, image)[1:]):
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modulated", [None, False, True])
+def test_res2net(modulated, tmp_path, capsys):
+    """OpenMMLab's Res2Net v1d has timm's tensors, but for the names in the stem."""
+    timm = pytest.importorskip("timm", reason="timm is an extra of setup.py")
+    torch.manual_seed(0)
+    original = diversify(timm.create_model("res2net50d", features_only=True, out_indices=(2, 3, 4))).eval()
+    if modulated is not None:
+        for stage in (original.layer3, original.layer4):
+            for convs in (block.convs for block in stage):
+                for index, conv in enumerate(convs):
+                    convs[index] = DeformableConv2d.like(conv, modulated=modulated)
+                    nn.init.normal_(convs[index].conv_offset.weight, std=0.02)
+    renamed = {name.replace("bn1", "stem.7") if name.startswith("bn1") else name: value
+               for name, value in original.state_dict().items()}
+    state = {f"backbone.{re.sub('^conv1', 'stem', name)}": value for name, value in renamed.items()}
+    state.update(theirs.head_state("gflv2"))
+    state.update(theirs.neck_state(R50_CHANNELS[1:], p6_channels=theirs.CHANNELS))
+    cfg, model = convert_file(tmp_path, capsys, {"state_dict": state, "meta": {}}, "--style", "pytorch")
+    node = cfg.MODEL.TIMM
+    assert (node.NAME, node.DEFORM_MODULATED) == ("res2net50d", bool(modulated))
+    assert node.DEFORM_ON_PER_STAGE == [False, False, modulated is not None, modulated is not None]
+    image = torch.randn(1, 3, 64, 96)
+    for found, expected in zip(model.backbone.bottom_up(image).values(), original(image)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    shallow = {name: value for name, value in state.items() if not name.startswith("backbone.layer3.5")}
+    with pytest.raises(UserError, match=r"Res2Net of \(3, 4, 5, 3\) blocks, 26 channels and 4 scales with a deep stem; those"):
+        convert_openmmlab(Checkpoint(shallow), style="pytorch")
 
 
 @pytest.mark.parametrize("channels, modulated, groups", [(36, False, 2), (27 * 3, True, 3), (108, None, None)])
