@@ -28,7 +28,6 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from d2_distill.checkpoint.exact import load_exactly
 from d2_distill.data.checks import check_dataset
@@ -39,7 +38,7 @@ from d2_distill.engine.optimizer import build_optimizer
 from d2_distill.engine.setup import load_config
 from d2_distill.engine.trainer import Trainer
 from d2_distill.errors import UserError, reported
-from d2_distill.evaluation.complexity import count_parameters, flops_by_module
+from d2_distill.evaluation.complexity import count_parameters, flop_counter, flops_by_module
 from d2_distill.evaluation.speed import seconds_in_turns, seconds_of, synthetic_batch
 from d2_distill.layers.memory_format import in_fast_layout
 from d2_distill.staged import stage_detector
@@ -301,7 +300,7 @@ def training_rows(distiller: Distiller, image_size: Sequence[int]) -> list[list[
 
 
 def multiply_adds(forward: Callable[[], Any]) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         forward()
     return counter.get_total_flops() // 2
 
