@@ -168,8 +168,8 @@ class TimmTrunk(Backbone):
         except Exception as error:  # whatever a network with a fixed size of images raises
             reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
             raise UserError(
-                f"MODEL.TIMM.NAME: {self.architecture} does not run on images of {_PROBE_SIZE[0]}x{_PROBE_SIZE[1]} pixels "
-                f"({reason}); choose a network that takes any size divisible by 32."
+                f"MODEL.TIMM.NAME: {self.architecture} does not run on images of {_PROBE_SIZE[0]}x{_PROBE_SIZE[1]} "
+                f"pixels ({reason}); choose a network that takes any size divisible by 32."
             ) from error
         shapes = [tuple(each.shape[1:]) for each in features]
         expected = [
@@ -178,7 +178,8 @@ class TimmTrunk(Backbone):
         ]
         if shapes != expected:
             raise UserError(
-                f"MODEL.TIMM.NAME: {self.architecture} makes maps of {shapes}, not of {expected}; choose another network."
+                f"MODEL.TIMM.NAME: {self.architecture} makes maps of {shapes}, not of {expected}; choose another "
+                "network."
             )
         for parameter, gradient in zip(parameters, gradients):
             parameter.requires_grad_(gradient is not None)
@@ -283,8 +284,8 @@ def _index(name: str, stride: int) -> int:
     if stride not in numbers:
         strides = ", ".join(str(each) for _, each, _ in _feature_info(name))
         raise UserError(
-            f"MODEL.TIMM.NAME: {name} has features of the strides {strides}, and none of {stride}; choose a network whose "
-            "strides are 4, 8, 16 and 32."
+            f"MODEL.TIMM.NAME: {name} has features of the strides {strides}, and none of {stride}; choose a network "
+            "whose strides are 4, 8, 16 and 32."
         )
     return numbers[stride]
 

@@ -51,7 +51,9 @@ def _read_safetensors(filename: str) -> dict[str, Any]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise UserError(f"MODEL.WEIGHTS: {filename} needs safetensors ({error}); install it: pip install safetensors.") from error
+        raise UserError(
+            f"MODEL.WEIGHTS: {filename} needs safetensors ({error}); install it: pip install safetensors."
+        ) from error
     return {"model": load_file(filename)}
 
 

@@ -63,7 +63,8 @@ class TimmWeights:
         """Whether it is a ResNet of blocks of three convolutions, with the stride in the second."""
         timm = import_timm("MODEL.WEIGHTS")
         # Building a model takes a while; only these have Detectron2's blocks.
-        return timm.model_entrypoint(self.model).__module__.endswith(".resnet") and "layer1.0.conv3.weight" in self.shapes()
+        of_resnets = timm.model_entrypoint(self.model).__module__.endswith(".resnet")
+        return of_resnets and "layer1.0.conv3.weight" in self.shapes()
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shapes of the tensors of the classifier, by timm's names; the file is not read."""
@@ -86,7 +87,8 @@ class TimmWeights:
         except Exception as error:  # whatever unpickling or filling the model raises
             reason = _reason(error)
             raise UserError(
-                f"MODEL.WEIGHTS: {path} cannot be read as the weights of {self} ({reason}); remove it, and download it again."
+                f"MODEL.WEIGHTS: {path} cannot be read as the weights of {self} ({reason}); remove it, and download it "
+                "again."
             ) from error
 
     def _downloaded(self) -> str:
@@ -118,8 +120,8 @@ def _weights_of(name: str) -> TimmWeights:
     known = list(dict.fromkeys(each.partition(".")[2] for each in listed))
     if tag and tag not in known:
         raise UserError(
-            f"MODEL.WEIGHTS: timm's {model} has no weights {tag!r}; use one of {', '.join(known) or 'other models'}, or "
-            f"{PREFIX}{model} for its default."
+            f"MODEL.WEIGHTS: timm's {model} has no weights {tag!r}; use one of {', '.join(known) or 'another model'}, "
+            f"or {PREFIX}{model} for its default."
         )
     cfg: Any = timm.get_pretrained_cfg(name) if known else None
     if cfg is None or not cfg.hf_hub_id:

@@ -10,7 +10,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..checkpoint.torchvision import PIXEL_MEAN, PIXEL_STD, is_address, weights_of
+from ..checkpoint.torchvision import PIXEL_MEAN, is_address, weights_of
 from ..errors import UserError
 from .reading import read_config
 

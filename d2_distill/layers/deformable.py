@@ -1,4 +1,4 @@
-"""Deformable convolutions on torchvision's operator: in the place of plain ones, and where Detectron2's cannot train."""
+"""Deformable convolutions by torchvision's operator: in place of plain ones, and where Detectron2's cannot train."""
 
 from __future__ import annotations
 

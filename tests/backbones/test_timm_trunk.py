@@ -177,7 +177,7 @@ def test_deformable_stages(modulated):
         ("hrnet_w18_small", {"BACKBONE__FREEZE_AT": 2}, "^MODEL.BACKBONE.FREEZE_AT: .*stages of hrnet_w18_small"),
         ("convnext_atto", {"TIMM__DEFORM_ON_PER_STAGE": [False, False, False, True]}, "no 3x3 convolution that could"),
         ("resnet10t", {"TIMM__DEFORM_ON_PER_STAGE": [True]}, r"DEFORM_ON_PER_STAGE is \[True\]; give four"),
-        ("dla46_c", {"TIMM__DROP_PATH_RATE": 0.1}, "MODEL.TIMM.NAME: timm builds no features of dla46_c .*drop_path_rate"),
+        ("dla46_c", {"TIMM__DROP_PATH_RATE": 0.1}, "timm builds no features of dla46_c .*drop_path_rate"),
         ("resnet10t", {"PIXEL_MEAN": [128.0], "PIXEL_STD": [1.0]}, "MODEL.PIXEL_MEAN has 1 entries"),
     ],
 )

@@ -68,7 +68,8 @@ def test_against_the_equation(layer, geometry):
         conv.bias.data.uniform_(-1, 1)
     move_to_torchvision(conv)
     x = torch.randn(2, 4, 4, 3, dtype=torch.double)
-    out = tuple((side + 2 * geometry["padding"] - 2 * geometry["dilation"] - 1) // geometry["stride"] + 1 for side in (4, 3))
+    border = 2 * geometry["padding"] - 2 * geometry["dilation"]
+    out = tuple((side + border - 1) // geometry["stride"] + 1 for side in (4, 3))
     offset = torch.randn(2, 2 * 9 * geometry["deformable_groups"], *out, dtype=torch.double)
     inputs = [x, offset, *[torch.rand(2, 9 * geometry["deformable_groups"], *out, dtype=torch.double)] * modulated]
     for value in inputs:
@@ -144,7 +145,8 @@ def resnet(**overrides):
     cfg = get_cfg()
     values = {"OUT_FEATURES": ["res3", "res5"], "STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 16, "WIDTH_PER_GROUP": 2,
               "NUM_GROUPS": 2, "NORM": "BN", **overrides}
-    cfg.merge_from_list(["MODEL.BACKBONE.FREEZE_AT", 2, *[x for k, v in values.items() for x in (f"MODEL.RESNETS.{k}", v)]])
+    opts = [item for key, value in values.items() for item in (f"MODEL.RESNETS.{key}", value)]
+    cfg.merge_from_list(["MODEL.BACKBONE.FREEZE_AT", 2, *opts])
     model = build_resnet_backbone(cfg, ShapeSpec(channels=3))
     move_to_torchvision(model)
     return model

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...checkpoint.torchvision import resnet_rules
-from ...config.pretrained import PIXEL_MEAN, PIXEL_STD
+from ...checkpoint.torchvision import PIXEL_MEAN, PIXEL_STD, resnet_rules
 from ...errors import UserError
 from .tensors import Converted, Tensors
 

@@ -76,11 +76,11 @@ def require_fitting(model: nn.Module, address: str) -> None:
 
 
 def load_pretrained(model: nn.Module, address: str, *, input_format: str) -> None:
-    """Load the weights of ``torchvision://...`` or ``timm://...`` into the backbone of a detector; all else stays as it is.
+    """Load the weights of ``torchvision://...`` or ``timm://...`` into the backbone of a detector; all else stays.
 
     Args:
-        input_format: channel order of the detector's images. The classifiers' is "RGB"; for "BGR" the inputs of the first
-            convolution are exchanged, which computes the same.
+        input_format: channel order of the detector's images. The classifiers' is "RGB"; for "BGR" the inputs of the
+            first convolution are exchanged, which computes the same.
 
     Raises:
         UserError: see :func:`check_pretrained`.
@@ -95,8 +95,8 @@ def load_pretrained(model: nn.Module, address: str, *, input_format: str) -> Non
         first = tuple(trunk.image_convolutions())
         if flipped and not first:
             raise UserError(
-                f"INPUT.FORMAT is BGR, but {weights} was trained with RGB, and no convolution of it reads the image; set "
-                "INPUT.FORMAT to RGB."
+                f"INPUT.FORMAT is BGR, but {weights} was trained with RGB, and no convolution of it reads the image; "
+                "set INPUT.FORMAT to RGB."
             )
     for name in state:
         if flipped and name.endswith(first):
@@ -109,7 +109,7 @@ def load_pretrained(model: nn.Module, address: str, *, input_format: str) -> Non
 
 
 def fit_classifier(state: State, model: nn.Module, source: str) -> State:
-    """Return a state dict for ``model``: of a classifier in torchvision's or timm's names, its backbone's part; else the same.
+    """Return a state dict for ``model``: of a classifier by torchvision's or timm's names the backbone's part, else all.
 
     How the images were normalized, and in which order of channels, is not known.
 
@@ -176,7 +176,8 @@ def _fitted(model: nn.Module, weights: TorchvisionWeights | TimmWeights) -> Stat
 def _trunks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the prefix and the module of what starts from a classifier: the backbone; RoI heads that hold its res5."""
     for name, module in model.named_modules():
-        if isinstance(module, (ResNet, TorchvisionTrunk, TimmTrunk)) or isinstance(getattr(module, "res5", None), nn.Sequential):
+        res5 = getattr(module, "res5", None)
+        if isinstance(module, (ResNet, TorchvisionTrunk, TimmTrunk)) or isinstance(res5, nn.Sequential):
             yield f"{name}.", module
 
 
@@ -212,8 +213,8 @@ def _require_complete(
         weights: what they are, if it is known.
 
     Raises:
-        UserError: a tensor of the backbone is missing or has another shape, or the classifier is deeper, or the detector
-            has no such backbone.
+        UserError: a tensor of the backbone is missing or has another shape, or the classifier is deeper, or the
+            detector has no such backbone.
     """
     trunks = list(_trunks(model))
     if not trunks:
@@ -227,8 +228,8 @@ def _require_complete(
         lacking, surplus = list(_lacking(trunk, found)), list(_surplus(trunk, found))
         if surplus and not lacking:
             raise UserError(
-                f"MODEL.WEIGHTS: {source} does not fit the backbone, a {type(trunk).__name__}: it has {len(surplus)} tensors "
-                f"more in its stages ({surplus[0]}, ...); {_remedy(trunk, weights)}."
+                f"MODEL.WEIGHTS: {source} does not fit the backbone, a {type(trunk).__name__}: it has {len(surplus)} "
+                f"tensors more in its stages ({surplus[0]}, ...); {_remedy(trunk, weights)}."
             )
         if lacking:
             names = ", ".join([*lacking[:3], *["..."] * (len(lacking) > 3)])
@@ -268,7 +269,9 @@ def _remedy(trunk: nn.Module, weights: TorchvisionWeights | TimmWeights | None) 
         return f"use {TIMM_PREFIX}{trunk.architecture}"
     layouts = {model: renamed(shapes_of(model), rules) for model, rules in RULES.items()}
     fitting = [
-        model for model, shapes in layouts.items() if not any(_lacking(trunk, shapes)) and not any(_surplus(trunk, shapes))
+        model
+        for model, shapes in layouts.items()
+        if not any(_lacking(trunk, shapes)) and not any(_surplus(trunk, shapes))
     ]
     if fitting:
         remedies = [f"use {PREFIX}{fitting[0]}"]

@@ -13,8 +13,8 @@ from torchvision.ops import deform_conv2d
 class _Deformable(nn.Module):
     """What both versions share: arguments as of Conv2d, a weight, and what follows the convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0, dilation=1, groups: int = 1,
-                 deformable_groups: int = 1, norm: nn.Module | None = None,
+    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0, dilation=1,
+                 groups: int = 1, deformable_groups: int = 1, norm: nn.Module | None = None,
                  activation: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
@@ -47,7 +47,8 @@ class _Deformable(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "deformable_groups")
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+                 "deformable_groups")
         return ", ".join([*(f"{name}={getattr(self, name)}" for name in names), f"bias={self.bias is not None}"])
 
 
