@@ -125,8 +125,8 @@ def fix_statistics(backbone: nn.Module) -> None:
     if not any(isinstance(module, FixedBatchNorm2d) for module in bottom_up.modules()):
         raise UserError(
             "MODEL.BACKBONE.FIXED_BN_STATISTICS is True, but the backbone has no batch norm that is trained; "
-            'set its NORM (MODEL.RESNETS.NORM, MODEL.MOBILENETV2.NORM, MODEL.SLIMMABLE.NORM or MODEL.TIMM.NORM) to "BN" '
-            "and MODEL.BACKBONE.FREEZE_AT below 5, or leave the key out."
+            'set its NORM (MODEL.RESNETS.NORM, MODEL.MOBILENETV2.NORM, MODEL.SLIMMABLE.NORM or MODEL.TIMM.NORM) to '
+            '"BN" and MODEL.BACKBONE.FREEZE_AT below 5, or leave the key out.'
         )
 
 

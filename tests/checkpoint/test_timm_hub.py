@@ -190,8 +190,8 @@ def test_addresses_of_nothing(address, message):
         (ADDRESS, RESNET18, "a ResNet: .* use torchvision://resnet18, or build the network of mobilenetv3_small_050 "
          r"\(MODEL.BACKBONE.NAME build_timm_fpn_backbone with MODEL.TIMM.NAME mobilenetv3_small_050\)"),
         # All of ResNet-18, and more.
-        ("timm://resnet34", RESNET18, r"timm's resnet34.a1_in1k does not fit the backbone, a ResNet: it has \d+ tensors "
-         r"more in its stages \(res2.2.conv1.weight, ...\); use torchvision://resnet18, or build the network of resnet34"),
+        ("timm://resnet34", RESNET18, r"timm's resnet34.a1_in1k does not fit the backbone, .*: it has \d+ tensors "
+         r"more in its stages \(res2.2.conv1.weight, ...\); use torchvision://resnet18, or build the network of "),
     ],
 )
 def test_weights_of_another_network(address, overrides, message):

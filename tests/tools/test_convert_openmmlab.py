@@ -263,7 +263,7 @@ def test_res2net(modulated, tmp_path, capsys):
     for found, expected in zip(model.backbone.bottom_up(image).values(), original(image)):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     shallow = {name: value for name, value in state.items() if not name.startswith("backbone.layer3.5")}
-    with pytest.raises(UserError, match=r"Res2Net of \(3, 4, 5, 3\) blocks, 26 channels and 4 scales with a deep stem;"):
+    with pytest.raises(UserError, match=r"Res2Net of \(3, 4, 5, 3\) blocks, 26 channels and 4 scales with a deep"):
         convert_openmmlab(Checkpoint(shallow), style="pytorch")
 
 

@@ -109,7 +109,7 @@ def load_pretrained(model: nn.Module, address: str, *, input_format: str) -> Non
 
 
 def fit_classifier(state: State, model: nn.Module, source: str) -> State:
-    """Return a state dict for ``model``: of a classifier by torchvision's or timm's names the backbone's part, else all.
+    """Return a state dict for ``model``: of a classifier in torchvision's or timm's names its backbone, else all.
 
     How the images were normalized, and in which order of channels, is not known.
 

@@ -258,7 +258,8 @@ def test_deformable_convolutions(tmp_path, onnx):
     """TorchScript has them, with offsets that are not zeros; ONNX as torch writes it has not."""
     cfg = detector_cfg(
         "GFL", **FROM_P3, BACKBONE__NAME="build_p3p7_resnet_fpn_backbone", RESNETS__DEPTH=50,
-        RESNETS__WIDTH_PER_GROUP=4, RESNETS__DEFORM_ON_PER_STAGE=[False, False, False, True], RESNETS__DEFORM_MODULATED=True,
+        RESNETS__WIDTH_PER_GROUP=4, RESNETS__DEFORM_ON_PER_STAGE=[False, False, False, True],
+        RESNETS__DEFORM_MODULATED=True,
     )
     model = build(cfg).eval()
     for name, parameter in model.named_parameters():

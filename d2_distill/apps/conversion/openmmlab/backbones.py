@@ -43,8 +43,8 @@ def res2net(tensors: Tensors, *, two_stage: bool) -> Converted:
     if blocks not in _RES2NETS or (scales, width, deep_stem) != (4, 26, True):
         raise UserError(
             f"{tensors.source} has a Res2Net of {blocks} blocks, {width} channels and {scales} scales with a "
-            f"{'deep' if deep_stem else 'plain'} stem; those of 26 channels, 4 scales and a deep stem (v1d) of depth 50 "
-            "and 101 can be converted."
+            f"{'deep' if deep_stem else 'plain'} stem; those of 26 channels, 4 scales and a deep stem (v1d), of depth "
+            "50 and 101 can be converted."
         )
     offsets = [stage + r"0\.convs\.0\.conv_offset\.bias" for stage in stages]
     deformable = [bool(tensors.names(offset)) for offset in offsets]
