@@ -64,5 +64,5 @@ $(VENV)/.installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and \
 	  "d2_distill needs Python 3.9 or newer, this is " + sys.version.split()[0] + "; say e.g. make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check --use-pep517 -e '.[tools,export,test]'
+	$(RUN) -m pip install --disable-pip-version-check --use-pep517 -e '.[tools,export,timm,test]'
 	touch $@

@@ -1,4 +1,4 @@
-"""Installation of d2_distill; `pip install -e .[tools,export,test]` for everything."""
+"""Installation of d2_distill; `pip install -e .[tools,export,timm,test]` for everything."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
+TIMM = "timm>=1.0.7"
 README = Path(__file__).with_name("README.md")
 
 setup(
@@ -34,7 +35,9 @@ setup(
         "tools": ["scikit-learn", "matplotlib", "tensorboard", "faster-coco-eval", "opencv-python"],
         # ONNX files of tools/export.py: written, and run
         "export": ["onnx", "onnxruntime"],
-        "test": ["pytest", "pytest-xdist"],
+        # backbones by name (build_timm_fpn_backbone) and their weights
+        "timm": [TIMM],
+        "test": ["pytest", "pytest-xdist", TIMM],
     },
     # The embedded Detectron2 lies in a plain folder that is put on sys.path, hence namespace packages.
     packages=find_namespace_packages(include=["d2_distill", "d2_distill.*"], exclude=["*.__pycache__"]),

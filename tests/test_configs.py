@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from detectron2.engine import DefaultTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2_distill import provider
 from d2_distill.apps.conversion.openmmlab import Checkpoint, convert_openmmlab
 from d2_distill.checkpoint.torchvision import is_address, require_fitting
 from d2_distill.config.pretrained import corrections
@@ -64,6 +62,9 @@ PUBLISHED = {
     "COCO-Detection/gflv2_R_50_from_R_101_FPN_1x_gibox": (*_GFL, _FULL_KD, 2, 3),
     "COCO-Detection/gflv2_R_101_from_R_101_DCN_FPN_2x_ms": (*_GFL, (5, 2), 0, 2),
     "COCO-Detection/gflv2_R_101_from_R_101_DCN_FPN_2x_ms_gibox": (*_GFL, (5, 2), 2, 2),
+    "COCO-Detection/gfl_X_101_32x4d_DCN_from_X_101_32x4d_DCN_FPN_1x_main_ld": (*_MAIN, None, 0, 3),
+    "COCO-Detection/gflv2_X_101_32x4d_DCN_from_R2_101_DCN_FPN_2x_ms": (*_GFL, (5, 2), 0, 2),
+    "COCO-Detection/gflv2_X_101_32x4d_DCN_from_R2_101_DCN_FPN_2x_ms_gibox": (*_GFL, (5, 2), 1, 2),
     "COCO-Detection/atss_R_50_from_R_101_FPN_1x": (0.25 / 4, 0.15 * 0.25 / 4, _FULL_KD, 0, 2),
     "COCO-Detection/fcos_R_50_from_R_101_FPN_1x": (0.25 / 4, 0.25 * 0.25 / 4, _FULL_KD, 0, 2),
     "COCO-Detection/retinanet_R_50_from_R_101_FPN_1x": (5 / 4, 0.03 * 5 / 4, (10, 8), 0, 2),
@@ -176,14 +177,7 @@ def read(path: str):
 @pytest.mark.parametrize("path", CONFIGS)
 def test_builds(path):
     cfg, other = read(path)
-    deformable = any(any(x.MODEL.RESNETS.DEFORM_ON_PER_STAGE) for x in (cfg, other) if x is not None)
-    refused = deformable and provider.name() == "embedded"
-    expectation = nullcontext()
-    if refused:
-        expectation = pytest.raises(
-            NotImplementedError, match=r"DEFORM_ON_PER_STAGE is .*True.*needs an installed Detectron2"
-        )
-    with expectation, NoRandomFill():
+    with NoRandomFill():
         student = stage_detector(build_detector(cfg))
         assert student.num_classes > 0
         if is_address(cfg.MODEL.WEIGHTS):
@@ -364,6 +358,10 @@ def test_solver(path):
     cfg, _ = read(path)
     solver = cfg.SOLVER
     rate = 0.02 if plain_config(cfg).MODEL.META_ARCHITECTURE == "GeneralizedRCNN" else 0.01
+    if solver.OPTIMIZER == "AdamW":  # ConvNeXt's
+        assert (solver.BASE_LR / solver.IMS_PER_BATCH, solver.WEIGHT_DECAY) == (pytest.approx(1e-4 / 16), 0.05)
+        assert solver.WEIGHT_DECAY_NORM == solver.WEIGHT_DECAY_BIAS == 0 and not solver.CLIP_GRADIENTS.ENABLED
+        return
     rate *= 3 if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" else 1
     assert solver.BASE_LR / solver.IMS_PER_BATCH == pytest.approx(rate / 16)
     assert solver.WEIGHT_DECAY_NORM == solver.WEIGHT_DECAY == 1e-4

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Measures what distillation costs a training step, how fast a checkpoint detects, and how large a detector is.
+"""Measures what distillation costs a training step, how fast checkpoints and students are, and how large a detector is.
 
     python tools/benchmark.py step --config-file configs/quickstart/distilled.yaml --image-size 256 256
     python tools/benchmark.py inference --config-file configs/quickstart/student.yaml MODEL.WEIGHTS model.pth
+    python tools/benchmark.py students --config-file configs/quickstart/student.yaml --beside configs/bccd/student.yaml
     python tools/benchmark.py size --config-file configs/quickstart/student.yaml --image-size 800 1333
 """
 
@@ -28,7 +29,6 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from d2_distill.checkpoint.exact import load_exactly
 from d2_distill.data.checks import check_dataset
@@ -39,7 +39,7 @@ from d2_distill.engine.optimizer import build_optimizer
 from d2_distill.engine.setup import load_config
 from d2_distill.engine.trainer import Trainer
 from d2_distill.errors import UserError, reported
-from d2_distill.evaluation.complexity import count_parameters, flops_by_module
+from d2_distill.evaluation.complexity import count_parameters, flop_counter, flops_by_module
 from d2_distill.evaluation.speed import seconds_in_turns, seconds_of, synthetic_batch
 from d2_distill.layers.memory_format import in_fast_layout
 from d2_distill.staged import stage_detector
@@ -56,6 +56,11 @@ INFERENCE = """
 Images a second of the plain student with MODEL.WEIGHTS ("" keeps the initial weights), one image a batch:
 forward and post-processing, without the loading of data, on the first set of DATASETS.TEST or on a synthetic
 image. No teacher is built.
+"""
+STUDENTS = """
+The plain students of several configs in turns, in one process, on the same synthetic images: a training step of a
+batch, and the detection in one image. The ratios to the first are what to report. No weights are loaded; config keys
+and values hold for all configs.
 """
 SIZE = """
 Parameters of the plain student and of its parts, and their multiply-adds (each counts as one) when it detects in
@@ -255,6 +260,35 @@ def benchmark_inference(cfg: CfgNode, args: argparse.Namespace) -> None:
     print(f"Overall: {fps:.1f} images/s, median {1e3 * median:.1f} ms, {len(seconds)} images, {device}")
 
 
+def benchmark_students(cfg: CfgNode, args: argparse.Namespace) -> None:
+    steps, detections, sizes = {}, {}, {}
+    for path in (args.config_file, *args.beside):
+        own = cfg if path == args.config_file else load_config(path, args.opts)
+        student, detector = damp(build_detector(own)), in_fast_layout(build_detector(own).eval())
+        batch = synthetic_batch(args.batch_size, *args.image_size, num_classes=stage_detector(student).num_classes)
+        with EventStorage():
+            steps[path] = training_step(student, own, batch)
+        detections[path] = detection(detector, batch[:1])
+        sizes[path] = count_parameters(student) / 1e6
+    rows = [[path, size] for path, size in sizes.items()]
+    for arms in (steps, detections):
+        times = seconds_in_turns(arms, warmup=args.warmup, rounds=args.steps)
+        first = torch.tensor(times[args.config_file], dtype=torch.float64)
+        for row in rows:
+            own_times = torch.tensor(times[row[0]], dtype=torch.float64)
+            row += [1e3 * own_times.median().item(), (own_times / first).median().item()]
+    headers = ["", "parameters (M)", "step, median ms", "to the first", "detection, median ms", "to the first"]
+    print(tabulate(rows, headers=headers, floatfmt=("", ".2f", ".1f", ".2f", ".1f", ".2f")))
+
+
+def detection(detector: nn.Module, batch: Batch) -> Callable[[], None]:
+    @torch.no_grad()
+    def detect() -> None:
+        detector(batch)
+
+    return detect
+
+
 def report_size(cfg: CfgNode, args: argparse.Namespace) -> None:
     model = build_detector(cfg).eval()
     batch = synthetic_batch(1, *args.image_size, num_classes=1)
@@ -301,7 +335,7 @@ def training_rows(distiller: Distiller, image_size: Sequence[int]) -> list[list[
 
 
 def multiply_adds(forward: Callable[[], Any]) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         forward()
     return counter.get_total_flops() // 2
 
@@ -313,7 +347,7 @@ def parse_args() -> argparse.Namespace:
     common.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(required=True, metavar="step|inference|size")
+    commands = parser.add_subparsers(required=True, metavar="step|inference|students|size")
 
     step = commands.add_parser("step", description=STEP, parents=[common], help="cost of training")
     step.set_defaults(command=benchmark_step)
@@ -329,6 +363,14 @@ def parse_args() -> argparse.Namespace:
     inference.add_argument("--image-size", **size, help="measure a synthetic image")
     inference.add_argument("--max-images", type=int, default=2000)
     inference.add_argument("--log-interval", type=int, default=50, metavar="IMAGES")
+
+    students = commands.add_parser("students", description=STUDENTS, parents=[common], help="speed of plain students")
+    students.set_defaults(command=benchmark_students)
+    students.add_argument("--beside", nargs="+", default=[], metavar="FILE", help="configs of other students")
+    students.add_argument("--image-size", **size, default=(256, 256))
+    students.add_argument("--batch-size", type=int, default=2)
+    students.add_argument("--steps", type=int, default=20, help="timed rounds")
+    students.add_argument("--warmup", type=int, default=3)
 
     size_of = commands.add_parser("size", description=SIZE, parents=[common], help="parameters, multiply-adds")
     size_of.set_defaults(command=report_size)

@@ -9,6 +9,7 @@ from .pyramid import LinearP6P7, build_pyramid
 from .resnet_fpn import build_p3p7_resnet_fpn_backbone
 from .slimmable import build_slimmable_mobilenet_v2_fpn_backbone, build_slimmable_resnet_fpn_backbone
 from .swin import Detectron2Swin, SwinTransformer, build_swin_fpn_backbone
+from .timm_trunk import TimmTrunk, build_timm_fpn_backbone
 
 __all__ = [
     "Detectron2Swin",
@@ -16,6 +17,7 @@ __all__ = [
     "LowResolution",
     "MobileNetV2",
     "SwinTransformer",
+    "TimmTrunk",
     "build_low_resolution_backbone",
     "build_mobilenet_v2_fpn_backbone",
     "build_narrow_resnet_fpn_backbone",
@@ -24,4 +26,5 @@ __all__ = [
     "build_slimmable_mobilenet_v2_fpn_backbone",
     "build_slimmable_resnet_fpn_backbone",
     "build_swin_fpn_backbone",
+    "build_timm_fpn_backbone",
 ]

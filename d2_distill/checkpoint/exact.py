@@ -31,9 +31,12 @@ class DataCheckpointer(DetectionCheckpointer):
     """
 
     def _load_file(self, filename: str) -> Any:
-        require_harmless(filename)
-        with as_trusted():
-            checkpoint = super()._load_file(filename)
+        if filename.endswith(".safetensors"):  # a format that can hold nothing but tensors
+            checkpoint = _read_safetensors(filename)
+        else:
+            require_harmless(filename)
+            with as_trusted():
+                checkpoint = super()._load_file(filename)
         self.names = list(checkpoint["model"])
         require_finite(checkpoint["model"], filename)
         return checkpoint
@@ -85,8 +88,8 @@ class WholeCheckpointer(DataCheckpointer):
 
 
 class TrainingCheckpointer(WholeCheckpointer):
-    """Detectron2's, which also takes published weights of slimmable networks and of classifiers in torchvision's names,
-    under any file name.
+    """Detectron2's, which also takes published weights of slimmable networks and of classifiers in torchvision's or
+    timm's names, under any file name, and as ``.safetensors``.
 
     Loading raises UserError where such weights do not fill the backbone completely, or where nothing fits the model.
     """
@@ -116,6 +119,16 @@ class TrainingCheckpointer(WholeCheckpointer):
             state = fit_classifier(state, self.model, filename)
         checkpoint["model"] = state
         return checkpoint
+
+
+def _read_safetensors(filename: str) -> dict[str, Any]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(
+            f"MODEL.WEIGHTS: {filename} needs safetensors ({error}); install it: pip install safetensors."
+        ) from error
+    return {"model": load_file(filename)}
 
 
 def require_file(weights: str, *, key: str) -> None:

@@ -1,4 +1,4 @@
-"""How torchvision's ImageNet weights see images, and the config keys that have to agree with it."""
+"""How ImageNet weights of torchvision and timm see images, and the config keys that have to agree with it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..checkpoint.torchvision import TorchvisionWeights, is_address, shapes_of
+from ..checkpoint.torchvision import PIXEL_MEAN, is_address, weights_of
 from ..errors import UserError
 from .reading import read_config
 
 logger = logging.getLogger(__name__)
 
-# Of RGB images of 0 to 255.
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
-_UNIT_STD = (1.0, 1.0, 1.0)  # Detectron2's default
+# Detectron2's default mean is ImageNet's of BGR images.
+_USUAL = {"PIXEL_MEAN": (PIXEL_MEAN, PIXEL_MEAN[::-1]), "PIXEL_STD": ((1.0, 1.0, 1.0),)}
 _TOLERANCE = 0.01
 _STRIDE_KEY = "MODEL.RESNETS.STRIDE_IN_1X1"
 _KEYS = ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", _STRIDE_KEY)
@@ -28,7 +26,7 @@ _KEYS = ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", _STRIDE_KEY)
 def with_pretrained_inputs(
     cfg: CfgNode, *, config_file: str = "", opts: Sequence[Any] = (), trained: bool = False
 ) -> CfgNode:
-    """Return the config with the keys that ``torchvision://`` in ``MODEL.WEIGHTS`` needs, see :func:`corrections`.
+    """Return the config with the keys that a classifier's address in ``MODEL.WEIGHTS`` needs, see :func:`corrections`.
 
     Args:
         config_file, opts: what ``cfg`` was read from.
@@ -63,25 +61,24 @@ def corrections(cfg: CfgNode, address: str) -> dict[str, Any]:
     """Return the keys that have another value than these weights need, with the value that they need.
 
     ``INPUT.FORMAT`` stays: :func:`~d2_distill.checkpoint.torchvision.load_pretrained` exchanges red and blue in the
-    first convolution. A mean or a standard deviation is corrected if it is Detectron2's default, or ImageNet's in the
-    order of the other format.
+    first convolution. A mean or a standard deviation is corrected if it is Detectron2's default, or the needed one in
+    the order of the other format.
 
     Raises:
         UserError: there is no such model, or a key has a value that is neither a default nor what the weights need.
     """
-    weights = TorchvisionWeights.of(address)
+    weights = weights_of(address)
     order = {"RGB": 1, "BGR": -1}.get(cfg.INPUT.FORMAT)
     if order is None:
         raise UserError(
             f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, but {address} was trained with colors; set it to RGB or BGR."
         )
     changed: dict[str, Any] = {}
-    for key, theirs, defaults in (("PIXEL_MEAN", PIXEL_MEAN, ()), ("PIXEL_STD", PIXEL_STD, (_UNIT_STD,))):
+    for key, theirs in (("PIXEL_MEAN", weights.pixel_mean), ("PIXEL_STD", weights.pixel_std)):
         ours, needed = cfg.MODEL[key], theirs[::order]
         if _equal(ours, needed):
             continue
-        # Detectron2's default mean is ImageNet's of BGR.
-        if not any(_equal(ours, other) for other in (needed[::-1], *defaults)):
+        if not any(_equal(ours, other) for other in (needed[::-1], *_USUAL[key])):
             raise UserError(
                 f"MODEL.{key} is {list(ours)}, but {address} was trained with {list(needed)} in the order of "
                 f"INPUT.FORMAT {cfg.INPUT.FORMAT}; set it to that, or remove it from the config."
@@ -92,8 +89,7 @@ def corrections(cfg: CfgNode, address: str) -> dict[str, Any]:
             f"MODEL.MOBILENETV2.SAME_PADDING is True, but {address} was trained with padding on all sides; set it to "
             "False."
         )
-    # Blocks of three convolutions.
-    if "layer1.0.conv3.weight" in shapes_of(weights.model) and _value(cfg, _STRIDE_KEY):
+    if _value(cfg, _STRIDE_KEY) and weights.has_bottlenecks():
         changed[_STRIDE_KEY] = False
     return changed
 

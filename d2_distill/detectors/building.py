@@ -10,8 +10,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
+from .. import provider
 from ..backbones.low_resolution import require_levels_used
 from ..errors import UserError
+from ..layers.deformable import move_to_torchvision
 from ..layers.fixed_batch_norm import fix_statistics, unsynchronise
 from ..staged import adapter_of, declared_adapter
 from .nms import select_nms
@@ -49,6 +51,8 @@ def build_detector(cfg: CfgNode) -> nn.Module:
         require_levels_used(model.backbone, list(adapter(model).feature_shapes()), name)
     if torch.device(cfg.MODEL.DEVICE).type == "cpu":
         unsynchronise(model)
+        if provider.name() == "real":
+            move_to_torchvision(model)
     if cfg.MODEL.BACKBONE.FIXED_BN_STATISTICS:
         fix_statistics(model.backbone)
     select_nms(model, cfg.TEST.NMS)

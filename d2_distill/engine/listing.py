@@ -54,6 +54,7 @@ _BACKBONE: dict[str, Any] = {
     "LOW_RESOLUTION.BACKBONE": "build_p3p7_resnet_fpn_backbone",
     "SWIN.EMBED_DIM": 24,
     "SWIN.DEPTHS": [1, 1, 1, 1],
+    "TIMM.NAME": "mobilenetv3_small_050",
 }
 
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torchvision  # noqa: F401  registers its operators
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+
+def _deformable_flops(x: Sequence[int], weight: Sequence[int], *_, out_shape: Sequence[int], **__) -> int:
+    """Of the convolution alone, as of a plain one; reading between the cells is not counted."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return torch's counter, which also counts deformable convolutions."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deformable_flops})
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -31,7 +44,7 @@ def flops_by_module(model: nn.Module, batched_inputs: list[dict[str, Any]]) -> d
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             model(batched_inputs)
     finally:
         model.train(was_training)

@@ -7,15 +7,10 @@ import logging
 import pytest
 import torchvision
 
+from d2_distill.checkpoint.torchvision import PIXEL_MEAN, PIXEL_STD
 from d2_distill.checkpoint.torchvision.layouts import RULES
 from d2_distill.config.keys import get_distill_cfg
-from d2_distill.config.pretrained import (
-    PIXEL_MEAN,
-    PIXEL_STD,
-    corrections,
-    require_corrected,
-    with_pretrained_inputs,
-)
+from d2_distill.config.pretrained import corrections, require_corrected, with_pretrained_inputs
 from d2_distill.engine.setup import load_config
 from d2_distill.errors import UserError
 from d2_distill.teacher import read_teacher_config

@@ -164,8 +164,7 @@ def test_fcos_assignment():
 
 @pytest.mark.skipif(provider.name() == "real", reason="the installed Detectron2 has these features")
 def test_features_left_out_are_named():
-    for key, value in (("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True]),
-                       ("TEST.PRECISE_BN.ENABLED", True), ("VIS_PERIOD", 20)):
+    for key, value in (("TEST.PRECISE_BN.ENABLED", True), ("VIS_PERIOD", 20)):
         with pytest.raises(NotImplementedError, match=key):
             build_model(config(key, value))
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from d2_distill.evaluation.complexity import count_flops, count_parameters, flops_by_module
+from d2_distill.layers.deformable import DeformableConv2d
 
 
 class Counted(nn.Module):
@@ -47,3 +48,11 @@ def test_model_is_left_as_it_was(training):
         count_flops(model, [{}])
     assert model.training is training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_deformable_convolutions_count_as_plain_ones(modulated):
+    """And the convolution of their offsets."""
+    conv = DeformableConv2d(4, 6, 3, padding=1, groups=2, modulated=modulated)
+    offsets = 9 * (3 if modulated else 2)
+    assert flops_by_module(conv, torch.zeros(1, 4, 5, 7))[""] == 35 * 9 * (6 * 2 + offsets * 4)

@@ -232,6 +232,19 @@ def test_weights_of_another_model_are_refused(tmp_path, config, call):
         call("inference", "--config-file", config, "MODEL.WEIGHTS", other)
 
 
+def test_students_in_turns(tmp_path, call):
+    """Distilled ones are plain here; keys hold for all."""
+    files = [write(tmp_path / f"{case}.yaml", detector_cfg(case)) for case in ("GFL", "RetinaNet")]
+    options = ("--image-size", 64, 64, "--steps", 2, "--warmup", 1, "--threads", 1)
+    lines = call("students", "--beside", files[1], *options, "--config-file", files[0], "MODEL.GFL.NUM_CONVS", 1)
+    rows = {line.split()[0]: [float(value) for value in line.split()[1:]] for line in lines[2:]}
+    assert list(rows) == [str(path) for path in files]
+    assert rows[str(files[0])][2] == rows[str(files[0])][4] == 1
+    model = build(detector_cfg("GFL", GFL__NUM_CONVS=1))
+    assert rows[str(files[0])][0] == pytest.approx(count_parameters(model) / 1e6, abs=0.005)
+    assert all(value > 0 for value in rows[str(files[1])])
+
+
 def test_size(tmp_path, call):
     """A pyramid on a small image is counted there."""
     cfg = detector_cfg(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,14 +19,15 @@ from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.structures import Boxes
 from torch import nn
 
-from d2_distill import provider
 from d2_distill.apps.conversion.openmmlab import Checkpoint, Tensors, convert_openmmlab, pyramid, read_checkpoint
 from d2_distill.backbones import LinearP6P7
 from d2_distill.detectors.anchor_order import to_size_outer
 from d2_distill.detectors.building import build_detector
 from d2_distill.errors import UserError
+from d2_distill.layers.deformable import DeformableConv2d
 from d2_distill.losses import align_statistics
 
+from ..backbones.torchvision_trunks import diversify
 from ..golden import cases
 from . import conversions
 from . import openmmlab_models as theirs
@@ -212,25 +214,75 @@ def assert_fits(state: theirs.State, keys: dict) -> None:
     assert ours == expected
 
 
-@pytest.mark.parametrize("offset_channels", [18, 27])
-def test_deformable_convolutions(tmp_path, offset_channels):
-    """They need an installed Detectron2."""
+@torch.no_grad()
+@pytest.mark.parametrize("modulated", [False, True])
+def test_deformable_convolutions(modulated):
+    """The second convolution of each block in C3 to C5 reads beside its cells, as does the converted one."""
+    torch.manual_seed(0)
+    original = theirs.resnet("resnet50")
+    for stage in (original.layer2, original.layer3, original.layer4):
+        for block in stage:
+            block.conv2 = DeformableConv2d.like(block.conv2, modulated=modulated)
+            nn.init.normal_(block.conv2.conv_offset.weight, std=0.02)
+            nn.init.normal_(block.conv2.conv_offset.bias)
+    state = {**theirs.resnet_state(original), **theirs.head_state("gfl")}
+    state.update(theirs.neck_state(R50_CHANNELS[1:], p6_channels=theirs.CHANNELS))
+    cfg, model = converted_model(state)
+    node = cfg.MODEL.RESNETS
+    assert node.DEFORM_ON_PER_STAGE == [False, True, True, True] and node.DEFORM_NUM_GROUPS == 1
+    assert node.DEFORM_MODULATED == modulated
+    image = torch.randn(1, 3, 64, 96)
+    found = model.backbone.bottom_up(image)
+    for name, expected in zip(("res3", "res4", "res5"), theirs.resnet_features(original, image)[1:]):
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modulated", [None, False, True])
+def test_res2net(modulated, tmp_path, capsys):
+    """OpenMMLab's Res2Net v1d has timm's tensors, but for the names in the stem."""
+    timm = pytest.importorskip("timm", reason="timm is an extra of setup.py")
+    torch.manual_seed(0)
+    original = diversify(timm.create_model("res2net50d", features_only=True, out_indices=(2, 3, 4))).eval()
+    if modulated is not None:
+        for stage in (original.layer3, original.layer4):
+            for convs in (block.convs for block in stage):
+                for index, conv in enumerate(convs):
+                    convs[index] = DeformableConv2d.like(conv, modulated=modulated)
+                    nn.init.normal_(convs[index].conv_offset.weight, std=0.02)
+    renamed = {name.replace("bn1", "stem.7") if name.startswith("bn1") else name: value
+               for name, value in original.state_dict().items()}
+    state = {f"backbone.{re.sub('^conv1', 'stem', name)}": value for name, value in renamed.items()}
+    state.update(theirs.head_state("gflv2"))
+    state.update(theirs.neck_state(R50_CHANNELS[1:], p6_channels=theirs.CHANNELS))
+    cfg, model = convert_file(tmp_path, capsys, {"state_dict": state, "meta": {}}, "--style", "pytorch")
+    node = cfg.MODEL.TIMM
+    assert (node.NAME, node.DEFORM_MODULATED) == ("res2net50d", bool(modulated))
+    assert node.DEFORM_ON_PER_STAGE == [False, False, modulated is not None, modulated is not None]
+    image = torch.randn(1, 3, 64, 96)
+    for found, expected in zip(model.backbone.bottom_up(image).values(), original(image)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    shallow = {name: value for name, value in state.items() if not name.startswith("backbone.layer3.5")}
+    with pytest.raises(UserError, match=r"Res2Net of \(3, 4, 5, 3\) blocks, 26 channels and 4 scales with a deep"):
+        convert_openmmlab(Checkpoint(shallow), style="pytorch")
+
+
+@pytest.mark.parametrize("channels, modulated, groups", [(36, False, 2), (27 * 3, True, 3), (108, None, None)])
+def test_groups_of_offsets(channels, modulated, groups):
     with torch.device("meta"):
         state = {**theirs.resnet_state(theirs.resnet("resnet50")), **theirs.head_state("gfl")}
         state.update(theirs.neck_state(R50_CHANNELS[1:], p6_channels=theirs.CHANNELS))
-        for name in [name for name in state if "conv2.weight" in name and "layer1" not in name]:
+        for name in [name for name in state if "conv2.weight" in name and "layer4" in name]:
             offsets = name.replace("conv2.weight", "conv2.conv_offset")
-            state[f"{offsets}.weight"] = torch.empty(offset_channels, state[name].shape[1], 3, 3)
-            state[f"{offsets}.bias"] = torch.empty(offset_channels)
-    if provider.name() == "real":
-        keys = {"DEFORM_ON_PER_STAGE": [False, True, True, True], "DEFORM_MODULATED": offset_channels == 27}
-        assert_fits(state, keys)
+            state[f"{offsets}.weight"] = torch.empty(channels, state[name].shape[1], 3, 3)
+            state[f"{offsets}.bias"] = torch.empty(channels)
+    if modulated is None:  # six groups of version 1 or four of version 2
+        with pytest.raises(UserError, match="does not tell MODEL.RESNETS.DEFORM_MODULATED, .*NUM_GROUPS; append"):
+            assert_fits(state, {})
         return
-    # Each tensor is stored as a single number.
-    state = {name: torch.zeros(()).expand(value.shape) for name, value in state.items()}
-    torch.save({"state_dict": state}, tmp_path / "dcn.pth")
-    with pytest.raises(UserError, match="DEFORM_ON_PER_STAGE .* needs an installed Detectron2"):
-        run([str(tmp_path / "dcn.pth"), str(tmp_path / "ours.pth"), "--style", "pytorch"])
+    stages = [False, False, False, True]
+    keys = {"DEFORM_ON_PER_STAGE": stages, "DEFORM_MODULATED": modulated, "DEFORM_NUM_GROUPS": groups}
+    assert_fits(state, keys)
 
 
 # --- recorded numbers

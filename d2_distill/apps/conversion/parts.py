@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...checkpoint.torchvision import resnet_rules
-from ...config.pretrained import PIXEL_MEAN, PIXEL_STD
+from ...checkpoint.torchvision import PIXEL_MEAN, PIXEL_STD, resnet_rules
 from ...errors import UserError
 from .tensors import Converted, Tensors
 
@@ -69,10 +68,18 @@ def _resnet_settings(tensors: Tensors, prefix: str) -> dict[str, Any]:
     deformable = [bool(tensors.names(offset)) for offset in offsets]
     if any(deformable):
         settings["MODEL.RESNETS.DEFORM_ON_PER_STAGE"] = deformable
-        # x and y of 9 points; version 2 also has a factor of each
-        channels = tensors.shape(offsets[deformable.index(True)])[0]
-        settings["MODEL.RESNETS.DEFORM_MODULATED"] = channels == 3 * 9
+        settings.update(_offset_settings(tensors.shape(offsets[deformable.index(True)])[0]))
     return settings
+
+
+def _offset_settings(channels: int) -> dict[str, Any]:
+    """Version and groups of deformable 3x3 convolutions with so many channels of offsets; {} if both versions fit."""
+    # A group has x and y of 9 points; version 2 also a factor of each.
+    fitting = [(modulated, size) for modulated, size in ((False, 18), (True, 27)) if channels % size == 0]
+    if len(fitting) != 1:
+        return {}
+    [(modulated, size)] = fitting
+    return {"MODEL.RESNETS.DEFORM_MODULATED": modulated, "MODEL.RESNETS.DEFORM_NUM_GROUPS": channels // size}
 
 
 def pyramid(

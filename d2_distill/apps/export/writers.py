@@ -101,9 +101,12 @@ def _explained(graph: nn.Module, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever the tracer, or the code it traces, raises
+        reason = reason_of(error)
+        remedy = "export --raw, or the checkpoint"
+        if "deform_conv2d" in reason:
+            reason, remedy = "it has no operator for deformable convolutions", "export torchscript, or the checkpoint"
         raise UserError(
-            f"torch {torch.__version__} cannot write {type(graph.model).__name__} as {what} ({reason_of(error)}); "
-            "export --raw, or the checkpoint."
+            f"torch {torch.__version__} cannot write {type(graph.model).__name__} as {what} ({reason}); {remedy}."
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import posixpath
+from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlparse
 
@@ -14,13 +15,12 @@ from detectron2.utils import comm
 from torchvision.models import WeightsEnum
 
 from ...errors import UserError
-from .layouts import RULES
+from .layouts import RULES, shapes_of
 
 PREFIX = "torchvision://"
-
-
-def is_address(weights: str) -> bool:
-    return weights.startswith(PREFIX)
+# ImageNet's, of RGB images of 0 to 255.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,25 @@ class TorchvisionWeights:
         """Where torch keeps the file, below ``$TORCH_HOME``."""
         return os.path.join(torch.hub.get_dir(), "checkpoints", self.file_name)
 
+    @property
+    def pixel_mean(self) -> tuple[float, ...]:
+        """Of the RGB images of 0 to 255 with which all of them were trained."""
+        return PIXEL_MEAN
+
+    @property
+    def pixel_std(self) -> tuple[float, ...]:
+        return PIXEL_STD
+
     def __str__(self) -> str:
         return f"torchvision's {self.model} ({self.entry.name})"
+
+    def has_bottlenecks(self) -> bool:
+        """Whether it is a ResNet of blocks of three convolutions, with the stride in the second."""
+        return "layer1.0.conv3.weight" in self.shapes()
+
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Return the shapes of the tensors, by torchvision's names; the file is not read."""
+        return shapes_of(self.model)
 
     def read(self) -> dict[str, torch.Tensor]:
         """Return the state dict, by torchvision's names; the file is downloaded if torch does not have it yet.

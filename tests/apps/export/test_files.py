@@ -241,3 +241,31 @@ def test_example_finds_the_same(suffix, tmp_path, onnx):
     ):
         outcome = run_program(script, *wrong, cwd=tmp_path)
         assert outcome.code == 1 and outcome.stderr.startswith(f"error: {named}") and "Traceback" not in outcome.stderr
+
+
+FROM_P3 = {"RESNETS__OUT_FEATURES": ["res3", "res4", "res5"], "FPN__IN_FEATURES": ["res3", "res4", "res5"]}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".onnx"])
+def test_a_network_of_timm(suffix, tmp_path, onnx):
+    pytest.importorskip("timm", reason="timm is an extra of setup.py")
+    cfg = detector_cfg("GFL", **FROM_P3, BACKBONE__NAME="build_timm_fpn_backbone", TIMM__NAME="mobilenetv3_small_050")
+    graph, exported, _ = export(cfg, build(cfg).eval(), tmp_path, suffix, raw=True)
+    assert_accepted(graph, exported)
+
+
+def test_deformable_convolutions(tmp_path, onnx):
+    """TorchScript has them, with offsets that are not zeros; ONNX as torch writes it has not."""
+    cfg = detector_cfg(
+        "GFL", **FROM_P3, BACKBONE__NAME="build_p3p7_resnet_fpn_backbone", RESNETS__DEPTH=50,
+        RESNETS__WIDTH_PER_GROUP=4, RESNETS__DEFORM_ON_PER_STAGE=[False, False, False, True],
+        RESNETS__DEFORM_MODULATED=True,
+    )
+    model = build(cfg).eval()
+    for name, parameter in model.named_parameters():
+        if "conv2_offset" in name:
+            parameter.data.normal_(std=0.1)
+    graph, exported, _ = export(cfg, model, tmp_path, ".pt", raw=True)
+    assert_accepted(graph, exported)
+    with pytest.raises(UserError, match="cannot write GFL as ONNX .*deformable convolutions.*; export torchscript, or"):
+        export(cfg, model, tmp_path, ".onnx", raw=True)

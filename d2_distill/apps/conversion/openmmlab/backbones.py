@@ -1,4 +1,4 @@
-"""ResNets, Swin Transformers and feature pyramids: our names of their tensors, and what their shapes tell."""
+"""ResNets, Res2Nets, Swin Transformers and feature pyramids: our names of their tensors, and what their shapes tell."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
+from ....errors import UserError
 from ... import conversion
 from .. import Converted, Tensors
 
 _OURS = "backbone.bottom_up."
+# Blocks of each stage -> timm's name of the Res2Net v1d.
+_RES2NETS = {(3, 4, 6, 3): "res2net50d", (3, 4, 23, 3): "res2net101d"}
 
 
 def is_swin(tensors: Tensors) -> bool:
@@ -20,6 +23,49 @@ def is_swin(tensors: Tensors) -> bool:
 def resnet(tensors: Tensors, *, two_stage: bool) -> Converted:
     """Take a ResNet or ResNeXt ``backbone.*``; raises as :func:`d2_distill.apps.conversion.resnet`."""
     return conversion.resnet(tensors, two_stage=two_stage, prefix=r"backbone\.")
+
+
+def is_res2net(tensors: Tensors) -> bool:
+    return bool(tensors.names(r"backbone\.layer1\.0\.convs\.0\.weight"))
+
+
+def res2net(tensors: Tensors, *, two_stage: bool) -> Converted:
+    """Take a Res2Net v1d ``backbone.*``, with deformable convolutions or not, for timm's modules.
+
+    Raises:
+        UserError: it is another Res2Net than timm has.
+    """
+    stages = [rf"backbone\.layer{stage}\." for stage in range(1, 5)]
+    blocks = tuple(len(tensors.names(stage + r"\d+\.conv1\.weight")) for stage in stages)
+    scales = len(tensors.names(stages[0] + r"0\.convs\.\d+\.weight")) + 1
+    width = tensors.shape(stages[0] + r"0\.convs\.0\.weight")[0]
+    deep_stem = bool(tensors.names(r"backbone\.stem\.0\.weight"))
+    if blocks not in _RES2NETS or (scales, width, deep_stem) != (4, 26, True):
+        raise UserError(
+            f"{tensors.source} has a Res2Net of {blocks} blocks, {width} channels and {scales} scales with a "
+            f"{'deep' if deep_stem else 'plain'} stem; those of 26 channels, 4 scales and a deep stem (v1d), of depth "
+            "50 and 101 can be converted."
+        )
+    offsets = [stage + r"0\.convs\.0\.conv_offset\.bias" for stage in stages]
+    deformable = [bool(tensors.names(offset)) for offset in offsets]
+    settings = {
+        "MODEL.BACKBONE.NAME": "build_timm_fpn_backbone",
+        "MODEL.TIMM.NAME": _RES2NETS[blocks],
+        "MODEL.TIMM.DEFORM_ON_PER_STAGE": deformable,
+    }
+    if any(deformable):  # x and y of 9 points; version 2 also a factor of each
+        channels = tensors.shape(offsets[deformable.index(True)])[0]
+        settings["MODEL.TIMM.DEFORM_MODULATED"] = channels == 3 * 9
+    settings["MODEL.BACKBONE.FIXED_BN_STATISTICS"] = True  # as published
+    return tensors.take(_res2net_rules()), settings
+
+
+def _res2net_rules() -> Iterator[tuple[str, str]]:
+    body = _OURS + "body."
+    for index in (0, 1, 3, 4, 6):  # convolutions and norms of the stem; timm names its last norm as of plain stems
+        yield rf"backbone\.stem\.{index}\.(\w+)", body + rf"conv1.{index}.\1"
+    yield r"backbone\.stem\.7\.(\w+)", body + r"bn1.\1"
+    yield r"backbone\.(layer[1-4]\..+)", body + r"\1"
 
 
 def swin(tensors: Tensors, *, two_stage: bool) -> Converted:

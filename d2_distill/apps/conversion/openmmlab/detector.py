@@ -7,7 +7,7 @@ from typing import Any
 
 from ....errors import UserError
 from .. import Conversion, Tensors, merged
-from .backbones import is_swin, pyramid, resnet, swin
+from .backbones import is_res2net, is_swin, pyramid, res2net, resnet, swin
 from .heads import dense_head, is_two_stage, two_stage_heads
 from .reading import Checkpoint
 from .training_config import STYLES, fcos_settings_of_text, settings_of_text
@@ -22,7 +22,7 @@ def convert_openmmlab(
 ) -> Conversion:
     """
     Args:
-        checkpoint: of RetinaNet, FCOS, ATSS, GFL, GFLv2 or Faster R-CNN, with ResNet or Swin and FPN.
+        checkpoint: of RetinaNet, FCOS, ATSS, GFL, GFLv2 or Faster R-CNN, with ResNet, Res2Net or Swin and FPN.
         style: key of STYLES, which overrides the text of the checkpoint's config.
         opts: flat list of config keys and values, which override all else.
         source: what error messages call the checkpoint.
@@ -33,9 +33,10 @@ def convert_openmmlab(
     """
     tensors = Tensors(checkpoint.state_dict, source)
     two_stage = is_two_stage(tensors)
+    backbone = swin if is_swin(tensors) else res2net if is_res2net(tensors) else resnet
     parts = [
         two_stage_heads(tensors) if two_stage else dense_head(tensors),
-        (swin if is_swin(tensors) else resnet)(tensors, two_stage=two_stage),
+        backbone(tensors, two_stage=two_stage),
         pyramid(tensors, two_stage=two_stage),
     ]
     tensors.require_none_left()
@@ -77,6 +78,8 @@ def _required(settings: dict[str, Any]) -> list[str]:
     keys = ["MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT"]
     if "MODEL.RESNETS.DEPTH" in settings:
         keys.append("MODEL.RESNETS.STRIDE_IN_1X1")
+    if "MODEL.RESNETS.DEFORM_ON_PER_STAGE" in settings:
+        keys += ["MODEL.RESNETS.DEFORM_MODULATED", "MODEL.RESNETS.DEFORM_NUM_GROUPS"]
     if settings["MODEL.META_ARCHITECTURE"] == "OpenMMLabFCOS":
         keys += ["MODEL.FCOS.CENTERNESS_ON", "MODEL.FCOS.CENTER_SAMPLING_RADIUS"]
         if not settings["MODEL.FCOS.REG_MAX"]:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
+import torch
 import torch.nn.functional as F
-from detectron2.layers import CNNBlockBase, Conv2d, get_norm
+from detectron2.layers import CNNBlockBase, Conv2d, DeformConv, ModulatedDeformConv, get_norm
 from torch import nn
 
 from .backbone import BACKBONE_REGISTRY, Backbone
@@ -97,6 +98,46 @@ class BottleneckBlock(_ResidualBlock):
         return self.conv3(F.relu_(self.conv2(F.relu_(self.conv1(x)))))
 
 
+class DeformBottleneckBlock(_ResidualBlock):
+    """BottleneckBlock whose 3x3 convolution is deformable, with offsets from a 3x3 convolution ``conv2_offset``.
+
+    The offsets start as zeros.
+
+    Args:
+        deform_modulated: weight the points, too (version 2).
+        deform_num_groups: groups of channels with offsets of their own.
+        others: see BottleneckBlock.
+    """
+
+    def __init__(self, in_channels, out_channels, *, bottleneck_channels, stride=1, num_groups=1, norm="BN",
+                 stride_in_1x1=False, dilation=1, deform_modulated=False, deform_num_groups=1):
+        super().__init__(in_channels, out_channels, stride=stride, norm=norm)
+        self.deform_modulated = deform_modulated
+        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = _conv(in_channels, bottleneck_channels, 1, norm, stride=stride_1x1)
+        values = 3 if deform_modulated else 2  # of each of the 9 points
+        place = {"kernel_size": 3, "stride": stride_3x3, "padding": dilation, "dilation": dilation}
+        self.conv2_offset = Conv2d(bottleneck_channels, values * 9 * deform_num_groups, **place)
+        self.conv2 = (ModulatedDeformConv if deform_modulated else DeformConv)(
+            bottleneck_channels, bottleneck_channels, **place, bias=False, groups=num_groups,
+            deformable_groups=deform_num_groups, norm=get_norm(norm, bottleneck_channels))
+        self.conv3 = _conv(bottleneck_channels, out_channels, 1, norm)
+        self._fill(self.conv1, self.conv2, self.conv3)
+        nn.init.zeros_(self.conv2_offset.weight)
+        nn.init.zeros_(self.conv2_offset.bias)
+
+    def _residual(self, x):
+        x = F.relu_(self.conv1(x))
+        offset = self.conv2_offset(x)
+        if self.deform_modulated:
+            # The last third are the points' factors, the others their y and x.
+            places = offset.shape[1] // 3 * 2
+            x = self.conv2(x, offset[:, :places], torch.sigmoid(offset[:, places:]))
+        else:
+            x = self.conv2(x, offset)
+        return self.conv3(F.relu_(x))
+
+
 class ResNet(Backbone):
     """A stem and stages of blocks, named ``stem``, ``res2``, ``res3``, ... (arXiv:1512.03385).
 
@@ -160,6 +201,8 @@ def build_resnet_backbone(cfg, input_shape) -> ResNet:
     if basic:
         for key, value in (("RES2_OUT_CHANNELS", 64), ("RES5_DILATION", 1), ("NUM_GROUPS", 1)):
             assert resnets[key] == value, f"MODEL.RESNETS.{key} must be {value} for ResNet-18 and -34"
+        assert not any(resnets.DEFORM_ON_PER_STAGE), (
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE must be False four times for ResNet-18 and -34")
 
     stem = BasicStem(input_shape.channels, resnets.STEM_OUT_CHANNELS, norm=resnets.NORM)
     stages = []
@@ -174,8 +217,12 @@ def build_resnet_backbone(cfg, input_shape) -> ResNet:
             "bottleneck_channels": bottleneck_channels, "num_groups": resnets.NUM_GROUPS,
             "stride_in_1x1": resnets.STRIDE_IN_1X1, "dilation": dilation,
         }
+        block_class = BasicBlock if basic else BottleneckBlock
+        if resnets.DEFORM_ON_PER_STAGE[i - 2]:
+            block_class = DeformBottleneckBlock
+            bottleneck.update(deform_modulated=resnets.DEFORM_MODULATED, deform_num_groups=resnets.DEFORM_NUM_GROUPS)
         stages.append(ResNet.make_stage(
-            BasicBlock if basic else BottleneckBlock, num_blocks, in_channels=in_channels,
+            block_class, num_blocks, in_channels=in_channels,
             out_channels=out_channels, stride_per_block=[first_stride] + [1] * (num_blocks - 1),
             norm=resnets.NORM, **bottleneck))
         in_channels, out_channels = out_channels, 2 * out_channels
