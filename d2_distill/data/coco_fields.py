@@ -139,7 +139,7 @@ def _fault(row: Any, index: int, section: str, fields: dict[str, Field]) -> str 
     """What is wrong with an entry, if anything."""
     entry = f"entry {index} of {section!r}"
     if not isinstance(row, dict):
-        return f"{entry} is {reprlib.repr(row)}, no object with fields"
+        return f"{entry} lacks {next(iter(fields))!r}: it is {reprlib.repr(row)} and no object"
     missing = [name for name, field in fields.items() if field.needed and name not in row]
     if missing:
         return f"{entry} lacks {missing[0]!r}"

@@ -123,9 +123,10 @@ SAME_IMAGE = Kind("image files of the same content", "keep one of them", False)
 SAME_LOOK = Kind("images that look alike", "look whether they are the same picture, and keep one of them", False)
 SHARED_IMAGE = Kind("images that are in the training and in the test data", "remove them from one of the two", False)
 SHARED_LOOK = Kind("images that look alike in the training and in the test data", "remove them from one of the two", False)
-DARK_DEPTH = Kind(
-    "images of more than 8 bits that use little of their range",
-    "they are scaled by the range of their file's type and come out dark: store them scaled to it, or as 8 bits",
+DEEP_COLOUR = Kind(
+    "images of more than 8 bits",
+    "they are scaled to 8 bits by the range of their type, so those that use little of it come out dark: look at them with "
+    "--draw",
     False,
 )
 THIN = Kind(

@@ -79,9 +79,19 @@ def place_of(record: dict, number: int) -> str:
 
 def boxes_xyxy(annotations: Sequence[dict]) -> np.ndarray:
     """(R, 4) XYXY in pixels."""
+    return _as_corners(*_as_written(annotations))
+
+
+def _as_written(annotations: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """(R, 4) boxes as they are, and (R,) their modes."""
     boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
-    modes = np.array([annotation["bbox_mode"] for annotation in annotations])
-    for mode in set(modes.tolist()):
+    modes = np.fromiter((annotation["bbox_mode"] for annotation in annotations), dtype=np.int64, count=len(annotations))
+    return boxes, modes
+
+
+def _as_corners(boxes: np.ndarray, modes: np.ndarray) -> np.ndarray:
+    boxes = boxes.copy()
+    for mode in np.unique(modes).tolist():
         boxes[modes == mode] = BoxMode.convert(boxes[modes == mode], BoxMode(mode), BoxMode.XYXY_ABS)
     return boxes
 
@@ -115,7 +125,8 @@ def _with_usable_annotations(records: list[dict], class_names: Sequence[str], fo
                 good_pairs.append((record, number))
         pairs = good_pairs
     annotations = [record["annotations"][number] for record, number in pairs]
-    boxes = boxes_xyxy(annotations)
+    written, modes = _as_written(annotations)
+    boxes = _as_corners(written, modes)
     size = np.array([(record["width"], record["height"]) for record, _ in pairs], dtype=np.float64).reshape(-1, 2)
     crowd = np.array([is_crowd(annotation) for annotation in annotations], dtype=bool)
 
@@ -127,7 +138,7 @@ def _with_usable_annotations(records: list[dict], class_names: Sequence[str], fo
     finite = np.isfinite(boxes).all(axis=1)
     tell(problems.NOT_FINITE, ~finite, "is not finite")
     boxes = np.where(finite[:, None], boxes, 0)
-    form = _wrong_form(annotations, size, finite & ~crowd)
+    form = _wrong_form(written, modes, size, considered=finite & ~crowd & (size > 2).all(axis=1))
     if form is not None:
         kind, fault, index = form
         sentence = f"the box {annotations[index]['bbox']} {fault}"
@@ -146,19 +157,22 @@ def _with_usable_annotations(records: list[dict], class_names: Sequence[str], fo
     return [{**record, "annotations": kept.get(id(record), [])} for record in records]
 
 
-def _wrong_form(annotations: Sequence[dict], size: np.ndarray, considered: np.ndarray) -> tuple[Kind, str, int] | None:
+def _wrong_form(
+    boxes: np.ndarray, modes: np.ndarray, size: np.ndarray, *, considered: np.ndarray
+) -> tuple[Kind, str, int] | None:
     """Whether a whole set's boxes are written in another form than they are read in.
 
     Args:
-        size: (R, 2) widths and heights of the annotations' images.
+        boxes: (R, 4) as they are written.
+        modes: (R,) theirs.
+        size: (R, 2) widths and heights of their images.
         considered: (R,) whether a box counts.
 
     Returns:
-        The kind of problem, what is wrong, and the number of an annotation that shows it.
+        The kind of problem, what is wrong, and the number of a box that shows it.
     """
-    numbers_of = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
-    considered = considered & (size > 2).all(axis=1)
-    boxes, size, places = numbers_of[considered], size[considered], np.flatnonzero(considered)
+    places = np.flatnonzero(considered)
+    boxes, modes, size = boxes[places], modes[places], size[places]
     if not len(boxes):
         return None
     # Pascal VOC's corners, which count from 1, have become smaller by that.
@@ -167,7 +181,6 @@ def _wrong_form(annotations: Sequence[dict], size: np.ndarray, considered: np.nd
     if within.all() or 2 * broken.sum() >= len(boxes):
         share = f"as {within.sum()} of the {len(boxes)} boxes do"
         return problems.RELATIVE, f"lies within the image's first pixel, {share}", int(places[np.argmax(within)])
-    modes = np.array([annotations[place]["bbox_mode"] for place in places])
     far = (boxes[:, :2] + boxes[:, 2:] > (1 + _FAR_OUT) * size).any(axis=1) & (modes == BoxMode.XYWH_ABS)
     corners = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (boxes[:, :2] >= -TOLERANCE).all(axis=1)
     corners &= (boxes[:, 2:] <= size + TOLERANCE).all(axis=1)

@@ -155,11 +155,10 @@ def _voc_image_ids(dirname: str, split: str, found: Found) -> list[str]:
     for words in lines:
         if len(words) > 1:
             found(Problem(problems.MALFORMED_SPLIT, f"{split_file} has the line {' '.join(words)!r}"))
-    ids = [words[0] for words in lines]
-    for image_id, count in Counter(ids).items():
+    for image_id, count in Counter(words[0] for words in lines if len(words) == 1).items():
         if count > 1:
             found(Problem(problems.REPEATED_ID, f"{split_file} lists {image_id} {count} times"))
-    return list(dict.fromkeys(ids))
+    return [words[0] for words in lines]
 
 
 class _XmlObject(NamedTuple):
