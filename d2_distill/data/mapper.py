@@ -58,15 +58,15 @@ def _with_float_boxes(dataset_dict: dict) -> dict:
     return {**dataset_dict, "annotations": annotations}
 
 
-def check_image_file(dataset_dict: dict) -> np.ndarray:
-    """Decode the image of a record: (H, W, 3) uint8 BGR.
+def check_image_file(dataset_dict: dict, image_format: str = "BGR") -> np.ndarray:
+    """Decode the image of a record: (H, W, 3) uint8 in "BGR", or in another format as :func:`.pictures.read_image` has it.
 
     Raises:
         ImageFileError: it cannot be decoded, or has another size than the record says.
     """
     file_name = dataset_dict["file_name"]
     try:
-        image = read_image(file_name, format="BGR")
+        image = read_image(file_name, format=image_format)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError ...
         raise ImageFileError(
             f"The image {file_name} cannot be read ({error}); restore it or remove it from the data set."
