@@ -14,6 +14,7 @@ warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", ca
 provider.select()  # before anything imports detectron2
 
 from . import assistants, backbones, detectors, methods
+from .data import pictures
 from .config.keys import add_distill_config
 from .data.registration import register_datasets
 from .detectors import TowerDetector
@@ -23,6 +24,8 @@ from .errors import PairError, UserError
 from .methods import DISTILL_METHOD_REGISTRY, DistillMethod
 from .staged import StagedDense, StagedDetector, register_staged, stage_detector
 from .teacher import Teacher
+
+pictures.use_everywhere()
 
 __all__ = [
     "DISTILL_METHOD_REGISTRY",

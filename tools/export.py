@@ -26,7 +26,6 @@ import d2_distill  # noqa: F401  before detectron2: chooses which one is importe
 # isort: split
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
@@ -39,7 +38,9 @@ from d2_distill.apps.export.graphs import build_graph
 from d2_distill.apps.export.runtime import SUFFIXES, ExportedDetector, load_exported, padded
 from d2_distill.apps.export.verification import Comparison, compare_outputs, milliseconds
 from d2_distill.apps.export.writers import require_onnx, write_onnx, write_torchscript
+from d2_distill.data.augmentation import build_augmentation
 from d2_distill.data.checks import check_dataset
+from d2_distill.data.pictures import read_image
 from d2_distill.data.registration import register_datasets
 from d2_distill.engine.evaluate import evaluate, load_detector
 from d2_distill.engine.setup import load_config
@@ -141,11 +142,11 @@ def crops(image: torch.Tensor) -> list[torch.Tensor]:
 
 def read_resized(cfg: CfgNode, path: str) -> torch.Tensor:
     try:
-        image = detection_utils.read_image(path, format=cfg.INPUT.FORMAT)
+        image = read_image(path, format=cfg.INPUT.FORMAT)
     except Exception as error:  # whatever the decoder raises
         raise UserError(f"--image {path} cannot be read as an image ({error}); name a picture.") from error
     resized = T.AugInput(image)
-    T.AugmentationList(detection_utils.build_augmentation(cfg, is_train=False))(resized)
+    T.AugmentationList(build_augmentation(cfg, is_train=False))(resized)
     return torch.from_numpy(resized.image.transpose(2, 0, 1).copy())[None]
 
 

@@ -33,7 +33,6 @@ import d2_distill  # noqa: F401  before detectron2: chooses which one is importe
 # isort: split
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
 from PIL import Image
 
@@ -44,6 +43,7 @@ from d2_distill.apps.inference.predictor import Predictor
 from d2_distill.apps.inference.video import LiveRecording, VideoFile, VideoSource, Window, can_show
 from d2_distill.apps.pictures import draw_detections, name_of, side_by_side, write_picture
 from d2_distill.config.reading import split_overrides
+from d2_distill.data.pictures import read_image
 from d2_distill.detectors.building import DISTILLER
 from d2_distill.engine.setup import load_config
 from d2_distill.errors import UserError, reported

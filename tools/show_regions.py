@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
@@ -39,6 +38,7 @@ from d2_distill.whole_files import whole_file
 from d2_distill.apps.pictures.heatmaps import Scene, draw_levels
 from d2_distill.apps.pictures.level_maps import SELECTED, feature_maps, focal_maps, region_maps
 from d2_distill.config.reading import split_overrides
+from d2_distill.data.augmentation import build_augmentation
 from d2_distill.data.checks import check_dataset
 from d2_distill.data.classes import dataset_classes
 from d2_distill.data.mapper import CheckedDatasetMapper

@@ -12,42 +12,10 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as masks_of_coco
 
 from . import problems
+from .coco_fields import fields_of, is_mask, usable_rows
 from .problems import Found, Kind, Problem, refusing
-from .records import is_image_size
 
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, (int, str))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_side(value: Any) -> bool:
-    return isinstance(value, (int, float)) and is_image_size(value)
-
-
-def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and _NUMBERS.issuperset(map(type, value))
-
-
-_NUMBERS = frozenset((int, float))
-# What the fields of each section's entries are. Texts serve as ids, but not of categories, which are sorted.
-_SECTIONS = {
-    "images": {"id": _is_id, "file_name": _is_text, "height": _is_side, "width": _is_side},
-    "annotations": {"id": _is_id, "image_id": _is_id, "category_id": _is_number, "bbox": _is_box},
-    "categories": {"id": _is_number, "name": _is_text},
-}
-_WANTED = {
-    "id": "a number", "image_id": "a number", "category_id": "a number", "file_name": "a text", "name": "a text",
-    "height": "a number of pixels", "width": "a number of pixels", "bbox": "[x, y, width, height]",
-}  # fmt: skip
-_SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
+_SECTIONS = ("images", "annotations", "categories")
 
 
 def coco_class_names(json_file: str, *, source: str, evaluated: bool = False) -> list[str]:
@@ -61,7 +29,7 @@ def coco_class_names(json_file: str, *, source: str, evaluated: bool = False) ->
     Raises:
         UserError: the file is missing, is not JSON, or is not a consistent COCO instance annotation file.
     """
-    sections = _coco_sections(json_file, refusing(source), evaluated)
+    sections = _coco_sections(json_file, refusing(source), evaluated=evaluated, with_masks=False)
     return [category["name"] for category in sections["categories"]]
 
 
@@ -92,7 +60,7 @@ def read_coco(json_file: str, image_root: str, found: Found, *, evaluated: bool,
         evaluated: see :func:`coco_class_names`.
         with_masks: annotations also get ``segmentation``, for detectors that predict masks.
     """
-    sections = _coco_sections(json_file, found, evaluated)
+    sections = _coco_sections(json_file, found, evaluated=evaluated, with_masks=with_masks)
     class_of = category_numbers(sections["categories"])
     records = {
         image["id"]: {
@@ -112,16 +80,22 @@ def read_coco(json_file: str, image_root: str, found: Found, *, evaluated: bool,
                 fault = f"{json_file}: annotation {row['id']} has no polygon of three points or more"
                 found(Problem(problems.NO_POLYGON, fault))
                 continue
+        record = records[row["image_id"]]
+        if with_masks and polygons and not is_mask(polygons, record["height"], record["width"]):
+            size = f"{record['width']} x {record['height']}"
+            fault = f"annotation {row['id']} has a segmentation that is no polygons or run lengths for an image of {size}"
+            found(Problem(problems.MALFORMED_ENTRY, f"{json_file}: {fault}"))
+            continue
         annotation = {
             "id": row["id"],
             "bbox": row["bbox"],
             "bbox_mode": BoxMode.XYWH_ABS,
             "category_id": class_of[row["category_id"]],
-            "iscrowd": row.get("iscrowd", 0),
+            "iscrowd": int(row.get("iscrowd", 0)),
         }
         if with_masks and polygons:
             annotation["segmentation"] = polygons if isinstance(polygons, list) else _compressed(polygons)
-        records[row["image_id"]]["annotations"].append(annotation)
+        record["annotations"].append(annotation)
     return CocoSet(list(records.values()), sections)
 
 
@@ -147,6 +121,8 @@ _TRUTH = {
 def coco_truth(sections: dict[str, list[dict[str, Any]]], *, with_masks: bool) -> bytes:
     """Return a pickled COCO dataset with all that an evaluation reads of the file's lists.
 
+    Annotations are numbered from 1: COCO's evaluation takes a match with the id 0 for none, and fails at texts.
+
     Args:
         sections: see :class:`CocoSet`.
         with_masks: keep ``segmentation``.
@@ -156,10 +132,12 @@ def coco_truth(sections: dict[str, list[dict[str, Any]]], *, with_masks: bool) -
         name: [{field: row[field] for field in fields[name] if field in row} for row in rows]
         for name, rows in sections.items()
     }
+    for number, row in enumerate(dataset["annotations"], start=1):
+        row["id"] = number
     return pickle.dumps(dataset, protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def _coco_sections(json_file: str, found: Found, evaluated: bool) -> dict[str, list[dict]]:
+def _coco_sections(json_file: str, found: Found, *, evaluated: bool, with_masks: bool) -> dict[str, list[dict]]:
     """The usable entries of each section; categories in the order of their ids."""
     sections = {name: [] for name in _SECTIONS}
     content = _read_json(json_file, found)
@@ -169,24 +147,28 @@ def _coco_sections(json_file: str, found: Found, evaluated: bool) -> dict[str, l
     def tell(kind: Kind, fault: str) -> None:
         found(Problem(kind, f"{json_file}: {fault}"))
 
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in _SECTIONS):
-        found(Problem(
-            problems.NOT_COCO,
-            f"{json_file} is not a COCO annotation file, which is an object with the lists 'images', 'annotations' and "
-            "'categories'",
-        ))
+    lists = "an object with the lists 'images', 'annotations' and 'categories'"
+    if not isinstance(content, dict):
+        found(Problem(problems.NOT_COCO, f"{json_file} is not a COCO annotation file, which is {lists}"))
+        return sections
+    wrong = [name for name in _SECTIONS if not isinstance(content.get(name), list)]
+    if wrong:
+        fault = f"'{wrong[0]}' is {'missing' if wrong[0] not in content else 'no list'}"
+        found(Problem(problems.NOT_COCO, f"{json_file} is not a COCO annotation file, which is {lists}: {fault}"))
         return sections
     for name in _SECTIONS:
-        sections[name] = _usable_rows(content[name], name, tell)
+        sections[name] = usable_rows(content[name], name, fields_of(name, evaluated=evaluated), tell)
     sections["categories"].sort(key=lambda row: row["id"])
     names = [row["name"] for row in sections["categories"]]
     for name in sorted({name for name in names if names.count(name) > 1}):
         tell(problems.REPEATED_CLASS, f"'categories' has the name {name!r} twice")
+    if len({type(row["id"]) for row in sections["images"]}) > 1:
+        tell(problems.MALFORMED_ENTRY, "some entries of 'images' have numbers as ids and others have texts")
     sections["annotations"] = _linked_annotations(sections, content, tell)
     for row in sections["annotations"] if evaluated else ():
-        missing = [field for field in ("area", "iscrowd") if not isinstance(row.get(field), (int, float))]
-        if missing:
-            fault = f"annotation {row['id']} has no number as {missing[0]!r}, which COCO's evaluation needs"
+        if "area" not in row or "iscrowd" not in row:
+            field = "area" if "area" not in row else "iscrowd"
+            fault = f"annotation {row['id']} has no number as {field!r}, which COCO's evaluation needs"
             tell(problems.NOT_EVALUABLE, fault)
     return sections
 
@@ -219,32 +201,30 @@ def _read_json(json_file: str, found: Found):
     """The content, or None."""
     try:
         with open(json_file, encoding="utf-8") as file:
-            return json.load(file)
+            text = file.read()
+        content = json.loads(text)
     except OSError as error:
         found(Problem(
             problems.MISSING_FILE, f"the annotation file {json_file} cannot be read ({error.strerror})"
         ))
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
         found(Problem(problems.NOT_JSON, f"the annotation file {json_file} is not valid JSON ({error})"))
+    else:
+        twice = _repeated_section(text)
+        if twice:
+            found(Problem(problems.MALFORMED_ENTRY, f"{json_file} has the list {twice!r} twice, of which one would be lost"))
+        return content
     return None
 
 
-def _usable_rows(rows: list, section: str, tell) -> list[dict]:
-    """Entries of a section that have all fields, of the right types, and an id of their own."""
-    usable, seen, fields = [], set(), _SECTIONS[section]
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict) or not fields.keys() <= row.keys():
-            missing = next(field for field in fields if not isinstance(row, dict) or field not in row)
-            tell(problems.MALFORMED_ENTRY, f"entry {index} of {section!r} lacks {missing!r}")
-            continue
-        wrong = [field for field, is_good in fields.items() if not is_good(row[field])]
-        if wrong:
-            which = f"entry {index} of {section!r}" if "id" in wrong else f"{_SINGULAR[section]} {row['id']}"
-            fault = f"has the {wrong[0]} {row[wrong[0]]!r}, which is not {_WANTED[wrong[0]]}"
-            tell(problems.MALFORMED_ENTRY, f"{which} {fault}")
-        elif row["id"] in seen:
-            tell(problems.REPEATED_ID, f"two entries of {section!r} have the id {row['id']}")
-        else:
-            seen.add(row["id"])
-            usable.append(row)
-    return usable
+def _repeated_section(text: str) -> str | None:
+    """The list that a JSON file has twice; the parser keeps the last one."""
+    if all(text.count(f'"{name}"') <= 1 for name in _SECTIONS):
+        return None
+    keys: list[str] = []
+
+    def remember(pairs: list[tuple[str, Any]]) -> None:
+        keys[:] = [key for key, _ in pairs]  # the outermost object comes last
+
+    json.loads(text, object_pairs_hook=remember)
+    return next((name for name in _SECTIONS if keys.count(name) > 1), None)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from typing import Any
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
+from detectron2.data.detection_utils import SizeMismatchError, check_image_size
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 
 from ..errors import UserError
+from .augmentation import at_least_a_pixel
+from .pictures import SIDEWAYS, orientation, read_image
 
 
 class ImageFileError(UserError):
@@ -25,11 +32,16 @@ class ImageFileError(UserError):
 class CheckedDatasetMapper(DatasetMapper):
     """Detectron2's mapper, but it names an unusable image, and does not truncate integer boxes.
 
-    Detectron2 transforms a box in the type it has, so that resizing would round whole-numbered boxes down.
+    Images that resizing would leave without a row or column keep one. Detectron2 transforms a box in the type it has, so that resizing would round whole-numbered boxes down.
 
     Raises:
         ImageFileError: the file is missing, corrupt or truncated, or its size is not the annotated one.
     """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        arguments = super().from_config(cfg, is_train)
+        return {**arguments, "augmentations": [*map(at_least_a_pixel, arguments["augmentations"])]}
 
     def __call__(self, dataset_dict: dict) -> dict:
         try:
@@ -46,15 +58,15 @@ def _with_float_boxes(dataset_dict: dict) -> dict:
     return {**dataset_dict, "annotations": annotations}
 
 
-def check_image_file(dataset_dict: dict) -> np.ndarray:
-    """Decode the image of a record: (H, W, 3) uint8 BGR.
+def check_image_file(dataset_dict: dict, image_format: str = "BGR") -> np.ndarray:
+    """Decode the image of a record: (H, W, 3) uint8 in "BGR", or in another format as :func:`.pictures.read_image` has it.
 
     Raises:
         ImageFileError: it cannot be decoded, or has another size than the record says.
     """
     file_name = dataset_dict["file_name"]
     try:
-        image = read_image(file_name, format="BGR")
+        image = read_image(file_name, format=image_format)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError ...
         raise ImageFileError(
             f"The image {file_name} cannot be read ({error}); restore it or remove it from the data set."
@@ -69,7 +81,15 @@ def check_image_file(dataset_dict: dict) -> np.ndarray:
 
 def size_sentence(dataset_dict: dict, width: int, height: int) -> str:
     """That an image has another size, in pixels, than its record says; without a full stop."""
-    return (
-        f"The image {dataset_dict['file_name']} has {width} x {height} pixels, its annotation says "
-        f"{dataset_dict['width']} x {dataset_dict['height']}"
-    )
+    path, said = dataset_dict["file_name"], (dataset_dict["width"], dataset_dict["height"])
+    turned = ""
+    if said == (height, width) and _is_turned(path):
+        turned = ", which is that of the picture before its EXIF orientation turns it"
+    return f"The image {path} has {width} x {height} pixels, its annotation says {said[0]} x {said[1]}{turned}"
+
+
+def _is_turned(path: str) -> bool:
+    """Whether an image file's metadata swap its width and height."""
+    with contextlib.suppress(OSError), PathManager.open(path, "rb") as file:
+        return orientation(Image.open(file)) in SIDEWAYS
+    return False

@@ -80,6 +80,14 @@ MISSING_IMAGE = Kind("image files that are missing", "correct the image folder o
 NOT_FINITE = Kind("boxes that are not finite", "correct it")
 NO_AREA = Kind("boxes without area", "correct or remove it")
 OUTSIDE = Kind("boxes outside of their image", "correct or remove it")
+CORNERS = Kind(
+    "boxes given by two corners where width and height belong",
+    "convert all boxes to x, y, width, height (subtract the first corner from the second)",
+)
+RELATIVE = Kind(
+    "boxes in parts of the image's size where pixels belong",
+    "multiply x and width by the image's width, y and height by its height",
+)
 BAD_IMAGE = Kind("image files that cannot be used", "restore the file or correct the size that the annotation tells")
 OTHER_CLASSES = Kind(
     "class lists that differ",
@@ -88,7 +96,7 @@ OTHER_CLASSES = Kind(
 
 STICKS_OUT = Kind(
     "boxes that stick out of their image",
-    "they are clipped; look whether the image size is right, and whether boxes are x, y, width, height and no corners",
+    "they are clipped; look whether the image size is right, and whether these boxes are x, y, width, height and no corners",
     False,
 )
 NO_POLYGON = Kind(
@@ -98,8 +106,7 @@ NO_POLYGON = Kind(
 )
 TINY = Kind(
     "boxes that become tiny",
-    "raise INPUT.MIN_SIZE_TRAIN, crop the images, or leave them out; boxes below a pixel may be parts of the image's size "
-    "(from 0 to 1), to be multiplied by it",
+    "raise INPUT.MIN_SIZE_TRAIN, crop the images, or leave them out",
     False,
 )
 LABELLED_TWICE = Kind("objects that are annotated twice", "remove one of the two", False)
@@ -116,4 +123,14 @@ SAME_IMAGE = Kind("image files of the same content", "keep one of them", False)
 SAME_LOOK = Kind("images that look alike", "look whether they are the same picture, and keep one of them", False)
 SHARED_IMAGE = Kind("images that are in the training and in the test data", "remove them from one of the two", False)
 SHARED_LOOK = Kind("images that look alike in the training and in the test data", "remove them from one of the two", False)
-DEEP_COLOUR = Kind("images of more than 8 bits", "Detectron2 cuts them off at 255: scale them to 8 bits", False)
+DEEP_COLOUR = Kind(
+    "images of more than 8 bits",
+    "they are scaled to 8 bits by the range of their type, so those that use little of it come out dark: look at them with "
+    "--draw",
+    False,
+)
+THIN = Kind(
+    "images of which training sees a strip of a few pixels",
+    "their shorter side shrinks with the longer one, which INPUT.MAX_SIZE_TRAIN limits: cut them into pieces, or leave them out",
+    False,
+)

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ def _object_names(folder: str) -> tuple[str, ...]:
         if file_name.endswith(".xml"):
             with contextlib.suppress(OSError, ElementTree.ParseError):
                 names.update(item.name for item in _parsed(os.path.join(folder, file_name)).objects)
-    return tuple(sorted(names - {None, ""}))
+    return tuple(sorted({name for name in names if name and name.strip()}))
 
 
 def read_voc(dirname: str, split: str, class_names: Sequence[str], found: Found) -> list[dict]:
@@ -109,6 +110,13 @@ def _voc_objects(objects: Sequence[_XmlObject], path: str, class_names: Sequence
         corners = [_number(*text, where, found) for text in zip(item.corners, _CORNERS)]
         if None in corners:
             continue
+        if not item.name or not item.name.strip():
+            found(Problem(problems.MALFORMED_ENTRY, f"{where} has no <name>"))
+            continue
+        if item.difficult not in ("", "0", "1"):
+            fault = f"has {item.difficult!r} as <difficult> where 0 or 1 is needed"
+            found(Problem(problems.MALFORMED_ENTRY, f"{where} {fault}"))
+            continue
         if item.name not in class_names:
             fault = f"has the class {item.name!r}, which is not in the class list ({', '.join(class_names)})"
             found(Problem(problems.UNKNOWN_CLASS, f"{where} {fault}"))
@@ -119,7 +127,7 @@ def _voc_objects(objects: Sequence[_XmlObject], path: str, class_names: Sequence
             # As Detectron2 reads them: the files' corners are 1-based pixels, the last ones included.
             "bbox": [xmin - 1, ymin - 1, xmax, ymax],
             "bbox_mode": BoxMode.XYXY_ABS,
-            "difficult": item.difficult,
+            "difficult": item.difficult == "1",
         })
     return annotations
 
@@ -148,6 +156,9 @@ def _voc_image_ids(dirname: str, split: str, found: Found) -> list[str]:
         leaves = os.path.isabs(words[0]) or ".." in words[0].replace("\\", "/").split("/")
         if len(words) > 1 or leaves:
             found(Problem(problems.MALFORMED_SPLIT, f"{split_file} has the line {' '.join(words)!r}"))
+    for image_id, count in Counter(words[0] for words in lines if len(words) == 1).items():
+        if count > 1:
+            found(Problem(problems.REPEATED_ID, f"{split_file} lists {image_id} {count} times"))
     return [words[0] for words in lines]
 
 
@@ -156,7 +167,7 @@ class _XmlObject(NamedTuple):
 
     name: str | None
     corners: list[str | None]
-    difficult: bool
+    difficult: str
 
 
 class _Xml(NamedTuple):
@@ -190,7 +201,7 @@ def _parse(path: str, mtime_ns: int, size: int) -> _Xml:
             _XmlObject(
                 item.findtext("name"),
                 [item.findtext(tag) for tag in _CORNERS],
-                item.findtext("difficult", "0").strip() == "1",
+                item.findtext("difficult", "").strip(),
             )
             for item in tree.findall("object")
         ],

@@ -30,8 +30,9 @@ def load_detector(cfg: CfgNode, resume: bool = False, *, weights_key: str = "MOD
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-    """Evaluate on every data set of ``DATASETS.TEST``, and against ``TEST.EXPECTED_RESULTS``."""
-    results = Trainer.test(cfg, model)
+    """Evaluate on every data set of ``DATASETS.TEST``, also with test-time augmentation if ``TEST.AUG`` asks for
+    it, and against ``TEST.EXPECTED_RESULTS``."""
+    results = {**Trainer.test(cfg, model), **Trainer.test_augmented(cfg, model)}
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

@@ -32,6 +32,7 @@ from ..data.sharing import main_process_first
 from ..data.voc_files import forget_parsed_files
 from ..detectors.building import DISTILLER, build_detector
 from ..errors import UserError, sentence_of
+from ..evaluation.augmented import check_augmentation
 from ..evaluation.voc import voc_convention
 from ..layers.memory_format import in_fast_layout
 from ..teacher import read_teacher_config
@@ -102,6 +103,7 @@ def _with_checked_data(args: argparse.Namespace) -> CfgNode:
     used = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     register_datasets(cfg, names=(None, *used))  # None: a row whose name is malformed
     voc_convention(cfg.TEST.VOC_CONVENTION)
+    check_augmentation(cfg)
     check_datasets(cfg, train=not args.eval_only)
     if not args.eval_only:
         check_batch(cfg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 import weakref
@@ -27,6 +28,7 @@ from ..data.loader import build_test_loader, build_train_loader
 from ..data.mapper import CheckedDatasetMapper
 from ..distiller import Distiller
 from ..errors import UserError
+from ..evaluation.augmented import SUFFIX, evaluate_augmented
 from ..evaluation.coco import CheckedCOCOEvaluator
 from ..evaluation.known_classes import KnownClasses
 from ..evaluation.voc import VOCEvaluator
@@ -80,17 +82,31 @@ class Trainer(DefaultTrainer, StoppableLoop):
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO or Pascal VOC protocol, by the data set's ``evaluator_type``."""
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, *, folder: str = "inference") -> DatasetEvaluator:
+        """COCO or Pascal VOC protocol, by the data set's ``evaluator_type``.
+
+        Args:
+            folder: of what COCO's evaluator writes, in ``OUTPUT_DIR``.
+        """
         if MetadataCatalog.get(dataset_name).get("evaluator_type", "coco") == "pascal_voc":
             evaluator = VOCEvaluator(dataset_name, cfg.TEST.VOC_CONVENTION)
         else:
-            evaluator = CheckedCOCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+            evaluator = CheckedCOCOEvaluator(
+                dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, folder), max_detections=cfg.TEST.DETECTIONS_PER_IMAGE
+            )
         return KnownClasses(evaluator, dataset_name)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         return build_test_loader(cfg, dataset_name, CheckedDatasetMapper(cfg, is_train=False))
+
+    @classmethod
+    def test_augmented(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Return :meth:`test` with test-time augmentation, nothing unless ``TEST.AUG.ENABLED``."""
+        if not cfg.TEST.AUG.ENABLED:
+            return {}
+        evaluator = functools.partial(cls.build_evaluator, folder=f"inference{SUFFIX}")
+        return evaluate_augmented(cfg, model, build_loader=build_test_loader, build_evaluator=evaluator)
 
     def build_hooks(self) -> list[HookBase]:
         normalizers = LossNormalizers(self.model, self.cfg.SOLVER.CHECKPOINT_PERIOD)
@@ -121,8 +137,11 @@ class Trainer(DefaultTrainer, StoppableLoop):
         return [*best, evaluation, *stopping]
 
     def evaluate(self) -> dict[str, Any]:
-        """Return :meth:`test` of the model as it is."""
-        self._last_eval_results = self.test(self.cfg, self.model)  # DefaultTrainer verifies them in the end
+        """Return :meth:`test` of the model as it is, and after the last step also :meth:`test_augmented`."""
+        results = self.test(self.cfg, self.model)
+        if self.iter >= self.max_iter:
+            results = {**results, **self.test_augmented(self.cfg, self.model)}
+        self._last_eval_results = results  # DefaultTrainer verifies them in the end
         return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:

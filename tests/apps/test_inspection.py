@@ -210,7 +210,7 @@ def test_no_box_to_learn_from(tmp_path):
 def test_what_evaluation_needs(tmp_path):
     def edit(content):
         del content["annotations"][0]["area"]
-        content["annotations"][1]["iscrowd"] = None
+        del content["annotations"][1]["iscrowd"]
 
     row = write_coco(tmp_path, sizes=(WIDE,) * 3, edit=edit)
     [trained], [tested] = inspected(row), inspected(row, train=(), test=(row[0],))

@@ -7,10 +7,10 @@ from typing import Callable
 
 import numpy as np
 import torch
-from detectron2.data import detection_utils
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw, ImageFont
 
+from ...data.pictures import read_image
 from ...data.subset import evenly_spread
 from ...evaluation.matching import match_detections
 from ..pictures import draw_boxes, ground_truth, name_of
@@ -60,7 +60,7 @@ def draw_comparison(
     rows = []
     for number, record in enumerate(records, start=1):
         progress(f"detections: image {number} of {len(records)}")
-        image, truth = detection_utils.read_image(record["file_name"], "RGB"), ground_truth(record)
+        image, truth = read_image(record["file_name"], "RGB"), ground_truth(record)
         names = [name_of(k, class_names) for k in truth.gt_classes.tolist()]
         row = [_draw(image, truth.gt_boxes.tensor, names, [TRUTH] * len(truth))]
         for detector in detectors.values():

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from PIL import Image
 
 from ...boxes.overlaps import pairwise_overlaps
@@ -22,6 +21,7 @@ from ...data import problems
 from ...data.checks import check_content, compare_classes, require_registered
 from ...data.coco_files import read_coco
 from ...data.mapper import ImageFileError, check_image_file, size_sentence
+from ...data.pictures import SIDEWAYS, is_deep, orientation, read_image
 from ...data.problems import Kind, Problem
 from ...data.records import boxes_xyxy, check_records, is_crowd, place_of
 from ...data.registration import CocoFiles, VocFiles, declared_files
@@ -30,9 +30,9 @@ from ...data.voc_files import read_voc, voc_class_names
 from ...errors import UserError
 
 TINY_SIDE = 8.0  # pixels: a cell of the finest map that most one-stage detectors read
+THIN_SIDE = 16.0  # pixels: a single row of cells or two
 SAME_OBJECT_IOU = 0.95
 _HASH_SIDE = 8
-_ORIENTATION = 0x0112  # of EXIF
 TRAIN, TEST = "DATASETS.TRAIN", "DATASETS.TEST"
 
 
@@ -128,7 +128,7 @@ def _read(cfg, inspection: Inspection, default_class_names: Sequence[str]) -> tu
     if isinstance(files, CocoFiles):
         inspection.source = f"{files.json_file}, images in {files.image_root}"
         inspection.prefixes = (f"{files.json_file}: ", os.path.join(files.image_root, ""))
-        content = read_coco(files.json_file, files.image_root, found, evaluated=TEST in inspection.keys)
+        content = read_coco(files.json_file, files.image_root, found, evaluated=TEST in inspection.keys, with_masks=cfg.MODEL.MASK_ON)
         return content.records, content.class_names
     if isinstance(files, VocFiles):
         inspection.source = f"{files.dirname}, split {files.split}"
@@ -170,6 +170,11 @@ def _check_labels(inspection: Inspection, scale: Callable[[dict], float]) -> Non
     """What is no error, but deserves a look."""
     tell = inspection.tell
     for record in inspection.records:
+        side = min(record["width"], record["height"]) * scale(record)
+        if side < THIN_SIDE:
+            size = f"{record['width']} x {record['height']}"
+            fault = f"the shorter side of the image {record['file_name']} of {size} is {side:.1f} pixels in training"
+            tell(problems.THIN, fault)
         if not record["annotations"]:
             continue
         boxes = boxes_xyxy(record["annotations"])
@@ -288,7 +293,7 @@ def _look(record: dict, *, decode: bool, digest: bool) -> _Look:
     path = record["file_name"]
     try:
         with Image.open(path) as image:
-            deep, size = image.mode.startswith(("I", "F")), _turned_size(image)
+            deep, size = is_deep(image), _turned_size(image)
         picture = check_image_file(record) if decode else None
         content = _digest(path) if digest else None
     except ImageFileError as error:
@@ -303,9 +308,7 @@ def _look(record: dict, *, decode: bool, digest: bool) -> _Look:
 
 def _turned_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) of a file of which only the head was read, turned as its metadata say."""
-    # Pillow would decode a PNG to look for metadata behind its pixels.
-    metadata = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-    return image.size[::-1] if metadata.get(_ORIENTATION, 1) in (5, 6, 7, 8) else image.size
+    return image.size[::-1] if orientation(image) in SIDEWAYS else image.size
 
 
 def _digest(path: str) -> bytes:

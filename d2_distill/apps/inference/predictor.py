@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from torch import nn
 
+from ...data.augmentation import build_augmentation
 from ...data.classes import dataset_classes
 from ...engine.evaluate import load_detector
 from ...errors import UserError
@@ -58,7 +58,7 @@ class Predictor:
         """
         return cls(
             load_detector(cfg, weights_key=weights_key),
-            resize=detection_utils.build_augmentation(cfg, is_train=False),
+            resize=build_augmentation(cfg, is_train=False),
             input_format=cfg.INPUT.FORMAT,
             class_names=dataset_classes(cfg),
         )

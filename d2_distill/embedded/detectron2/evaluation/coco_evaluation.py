@@ -40,9 +40,11 @@ class COCOEvaluator(DatasetEvaluator):
     Args:
         dataset_name: registered with ``register_coco_instances``.
         output_dir: where instances_predictions.pth and coco_instances_results.json are written, if given.
+        max_dets_per_image: how many detections of an image count, by default COCO's 100.
     """
 
-    def __init__(self, dataset_name: str, *, output_dir: str | None = None):
+    def __init__(self, dataset_name: str, *, output_dir: str | None = None, max_dets_per_image: int | None = None):
+        self._max_dets = [1, 10, 100 if max_dets_per_image is None else max_dets_per_image]
         self._logger = logging.getLogger(__name__)
         self._output_dir = output_dir
         self._metadata = MetadataCatalog.get(dataset_name)
@@ -101,6 +103,7 @@ class COCOEvaluator(DatasetEvaluator):
             return {metric: float("nan") for metric in _METRICS}
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = self._eval_class()(self._coco, self._coco.loadRes(detections), "bbox")
+            evaluation.params.maxDets = self._max_dets
             evaluation.evaluate()
             evaluation.accumulate()
         # (IoU threshold, recall, class, area range, maximum number of detections)
