@@ -341,3 +341,30 @@ def test_two_processes_on_the_cpu(tmp_path):
     assert first["scalars"]["data_time"] >= first["scalars"]["rank_data_time"]
     assert set(second["scalars"]) == {"rank_data_time"}
     assert (first["local_rank"], second["local_rank"]) == (0, 1)
+
+
+def test_hooks_are_called_after_the_backward_pass():
+    class Recorder(HookBase):
+        def __init__(self):
+            self.gradients = []
+
+        def after_backward(self):
+            self.gradients.append(model.weight.grad.clone())
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(2, 1, bias=False)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+            self.weight = layer.weight
+
+        def forward(self, x):
+            return {"loss": self.layer(x).sum()}
+
+    model, recorder = Model(), Recorder()
+    trainer = SimpleTrainer(model, [torch.ones(1, 2), 2 * torch.ones(1, 2)], torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer.register_hooks([recorder])
+    trainer.train(0, 2)
+    assert [gradient.tolist() for gradient in recorder.gradients] == [[[1, 1]], [[2, 2]]]

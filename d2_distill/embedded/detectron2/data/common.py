@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
+import random
 from collections.abc import Iterable, Iterator
 from typing import Any, Callable
 
@@ -30,8 +32,14 @@ class DatasetFromList(data.Dataset):
         return pickle.loads(memoryview(self._bytes[self._ends[index] : self._ends[index + 1]].numpy()))
 
 
+MANY_NONES = 4  # of a mapper in a row, from which on it is worth a warning
+
+
 class MapDataset(data.Dataset):
-    """``map_func`` applied to a data set's elements."""
+    """``map_func`` applied to a data set's elements; where it returns None another element takes the place.
+
+    Indexing raises RuntimeError if it returns None for every element.
+    """
 
     def __init__(self, dataset: data.Dataset, map_func: Callable):
         self._dataset = dataset
@@ -41,7 +49,19 @@ class MapDataset(data.Dataset):
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return self._map_func(self._dataset[index])
+        mapped = self._map_func(self._dataset[index])
+        if mapped is not None:
+            return mapped
+        others = [other for other in range(len(self)) if other != index]
+        # The same ones each time, so that runs repeat.
+        random.Random(index).shuffle(others)
+        for tried, other in enumerate(others, start=2):
+            mapped = self._map_func(self._dataset[other])
+            if mapped is not None:
+                return mapped
+            if tried == MANY_NONES:
+                logging.getLogger(__name__).warning(f"The mapper returned None {tried} times for element {index} and others.")
+        raise RuntimeError("The mapper returns None for every element of the data set.")
 
 
 class AspectRatioGroupedDataset(data.IterableDataset):
