@@ -19,6 +19,7 @@ from .config.class_names import ALIASES_KEY, describe_match, listed, match_class
 from .config.model_zoo import checkpoint_url, find_config
 from .config.pretrained import with_pretrained_inputs
 from .config.reading import read_config
+from .config.rules import check_config
 from .data.classes import dataset_classes, with_classes
 from .detectors.building import build_detector, num_classes_key
 from .errors import UserError
@@ -174,6 +175,7 @@ def read_teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
     is_file = PathManager.isfile(node.CONFIG_FILE)
     path = find_config(node.CONFIG_FILE, key="MODEL.DISTILL.TEACHER.CONFIG_FILE")
     teacher_cfg = read_config(path, node.OPTS, source=source)
+    check_config(teacher_cfg, source=source)
     teacher_cfg = with_pretrained_inputs(teacher_cfg, config_file=path, opts=node.OPTS, trained=True)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     if node.WEIGHTS:

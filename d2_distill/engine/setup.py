@@ -22,6 +22,7 @@ from ..config.model_zoo import find_config
 from ..config.named_teacher import name_teacher, resolve_run_folder
 from ..config.pretrained import with_pretrained_inputs
 from ..config.reading import read_config, use_available_device
+from ..config.rules import check_config
 from ..data.checks import check_datasets
 from ..data.classes import check_outputs, dataset_classes, with_classes
 from ..data.loaded import keep_only
@@ -141,6 +142,7 @@ def load_config(
     if config_file:
         config_file = find_config(config_file, key="The config")
     cfg = read_config(config_file, opts, source=source)
+    check_config(cfg, source=source)
     cfg = with_pretrained_inputs(cfg, config_file=config_file, opts=opts, trained=trained)
     use_available_device(cfg)
     name_data(cfg, train_data, test_data)
@@ -193,6 +195,11 @@ def _initialised(cfg: CfgNode, resume: bool) -> nn.Module:
             _check_start(cfg.MODEL.WEIGHTS, student)
     if not distils:
         return model
+    if not cfg.MODEL.DISTILL.METHODS and not cfg.MODEL.DISTILL.INHERIT:
+        raise UserError(
+            'MODEL.DISTILL.METHODS is empty, so nothing would be distilled; name methods, such as "auto", or set '
+            f"MODEL.META_ARCHITECTURE to {cfg.MODEL.DISTILL.STUDENT} to train the plain student."
+        )
     model.prepare_training()
     if resumes and model.teacher is not None:
         require_same_teacher(resumes, model.teacher)

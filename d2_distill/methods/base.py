@@ -85,6 +85,10 @@ class DistillMethod(nn.Module):
     @classmethod
     def common_arguments(cls, cfg: CfgNode) -> dict[str, Any]:
         """Return the arguments that every method takes, as the config has them."""
+        for term, key in cls.WEIGHT_KEYS.items():
+            weight = _value(cfg, f"{cls.KEY}.{key}")
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"{cls.KEY}.{key} is {weight}; the weight of {term} must be 0 or above, and finite.")
         return {
             "normalizes_per_process": cfg.MODEL.DISTILL.NORMALIZE_PER_PROCESS,
             "weights": {term: _value(cfg, f"{cls.KEY}.{key}") for term, key in cls.WEIGHT_KEYS.items()},
