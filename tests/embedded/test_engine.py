@@ -43,6 +43,9 @@ class _Recorder(HookBase):
     def before_step(self):
         self._record("before_step")
 
+    def after_backward(self):
+        self._record("after_backward")
+
     def after_step(self):
         self._record("after_step")
 
@@ -56,7 +59,7 @@ def test_hooks_are_called_in_order_with_the_right_iteration():
     trainer.register_hooks([_Recorder("a", log), None, _Recorder("b", log)])
     trainer.train(4, 6)
     moments = [("before_train", 4)]
-    moments += [(moment, step) for step in (4, 5) for moment in ("before_step", "after_step")]
+    moments += [(moment, step) for step in (4, 5) for moment in ("before_step", "after_backward", "after_step")]
     moments += [("after_train", 6)]
     assert log == [(name, moment, step, step) for moment, step in moments for name in "ab"]
     assert trainer.iter == trainer.max_iter == 6 and trainer.start_iter == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 from collections.abc import Iterable, Iterator
 from typing import Any, Callable
 
@@ -31,17 +32,55 @@ class DatasetFromList(data.Dataset):
 
 
 class MapDataset(data.Dataset):
-    """``map_func`` applied to a data set's elements."""
+    """``map_func`` applied to a data set's elements; an element of which it makes None is left out.
+
+    A random other element takes its place; those that were left out before are not tried again. Of an iterable data set the
+    result is iterable, too, and goes on with the next element.
+
+    Raises:
+        ValueError: all elements are left out.
+    """
+
+    def __new__(cls, dataset: data.Dataset, map_func: Callable):
+        return _MappedStream(dataset, map_func) if isinstance(dataset, data.IterableDataset) else super().__new__(cls)
 
     def __init__(self, dataset: data.Dataset, map_func: Callable):
+        self._dataset = dataset
+        self._map_func = map_func
+        self._random = random.Random(42)
+        self._left_out: set[int] = set()
+
+    def __getnewargs__(self):
+        return self._dataset, self._map_func
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        while True:
+            mapped = self._map_func(self._dataset[index])
+            if mapped is not None:
+                self._left_out.discard(index)
+                return mapped
+            self._left_out.add(index)
+            candidates = [other for other in range(len(self)) if other not in self._left_out]
+            if not candidates:
+                raise ValueError("The map function returned None for every element of the data set.")
+            index = self._random.choice(candidates)
+
+
+class _MappedStream(data.IterableDataset):
+    """What is made of the elements of an iterable data set, where it is not None."""
+
+    def __init__(self, dataset: data.IterableDataset, map_func: Callable):
         self._dataset = dataset
         self._map_func = map_func
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, index: int) -> Any:
-        return self._map_func(self._dataset[index])
+    def __iter__(self) -> Iterator[Any]:
+        return (mapped for mapped in map(self._map_func, self._dataset) if mapped is not None)
 
 
 class AspectRatioGroupedDataset(data.IterableDataset):

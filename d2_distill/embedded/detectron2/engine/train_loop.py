@@ -29,6 +29,9 @@ class HookBase:
     def before_step(self):
         """Called before each step."""
 
+    def after_backward(self):
+        """Called in each step, when the gradients are there and the weights have not changed yet."""
+
     def after_step(self):
         """Called after each step."""
 
@@ -91,6 +94,9 @@ class TrainerBase:
         self.storage.iter = self.iter
         self._call_hooks("before_step")
 
+    def after_backward(self):
+        self._call_hooks("after_backward")
+
     def after_step(self):
         self._call_hooks("after_step")
 
@@ -148,6 +154,7 @@ class SimpleTrainer(TrainerBase):
             loss_dict = {"total_loss": loss_dict}
         self.optimizer.zero_grad()
         self._backward(sum(loss_dict.values()))
+        self.after_backward()
         self._write_metrics(loss_dict, data_time)
         self._update()
 
