@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from ..errors import UserError
 from .loaded import load_once
-from .mapper import CheckedDatasetMapper
+from .mapper import CheckedDatasetMapper, SampleError
 
 
 def build_train_loader(
@@ -140,7 +140,10 @@ class ResumableBatchSampler(Sampler):
 
 
 class SeededMapDataset(Dataset):
-    """``mapper(records[index])`` for a key ``(index, position)``, which also seeds its random numbers."""
+    """``mapper(records[index])`` for a key ``(index, position)``, which also seeds its random numbers.
+
+    As in Detectron2 another record takes the place of one of which the mapper makes None.
+    """
 
     def __init__(self, records: Dataset, mapper: Callable[[dict], dict], *, seed: int):
         self.records = records
@@ -152,8 +155,21 @@ class SeededMapDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         index, position = key
+        sample = self._mapped(index, position)
+        return self._another(index, position) if sample is None else sample
+
+    def _mapped(self, index: int, position: int) -> dict | None:
         with seeded_rng(self.seed, position):
             return self.mapper(self.records[index])
+
+    def _another(self, index: int, position: int) -> dict:
+        """The sample of a random other record: one that depends on the key alone, so that runs resume exactly."""
+        order = np.random.default_rng((self.seed, position)).permutation(len(self))
+        for other in order[order != index].tolist():
+            sample = self._mapped(other, position)
+            if sample is not None:
+                return sample
+        raise SampleError("The mapper returns None for every image of DATASETS.TRAIN; let it return a sample of some.")
 
 
 @contextlib.contextmanager

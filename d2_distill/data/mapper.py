@@ -18,15 +18,19 @@ from .augmentation import at_least_a_pixel
 from .pictures import SIDEWAYS, orientation, read_image
 
 
-class ImageFileError(UserError):
-    """An image file that cannot be used.
+class SampleError(UserError):
+    """What cannot be made a sample.
 
     Its text stays one sentence when a DataLoader worker raised it: torch re-raises the type in the main
-    process, but with the worker's traceback, which ends in ``ImageFileError: <sentence>``, as its argument.
+    process, but with the worker's traceback, which ends in ``SampleError: <sentence>``, as its argument.
     """
 
     def __str__(self) -> str:
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
+class ImageFileError(SampleError):
+    """An image file that cannot be used."""
 
 
 class CheckedDatasetMapper(DatasetMapper):

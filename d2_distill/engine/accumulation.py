@@ -42,6 +42,7 @@ class AccumulatingTrainer(SimpleTrainer):
             with contextlib.nullcontext() if index == self._parts - 1 else self._without_sync():
                 for name, loss in self._add_gradients(part).items():
                     means[name] = means[name] + loss if name in means else loss
+        self.after_backward()
         self._write_metrics(means, data_time)
         self._update_weights()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 from torch import nn
 
@@ -92,6 +92,20 @@ class TrainingClock(HookBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._seconds = state["seconds"]
+
+
+class RelayAfterBackward(HookBase):
+    """Of what makes the steps: calls ``after_backward`` of the trainer's hooks, which Detectron2's DefaultTrainer leaves out.
+
+    Args:
+        trainer: whose hooks they are, or a proxy of it.
+    """
+
+    def __init__(self, trainer: TrainerBase) -> None:
+        self._outer = trainer
+
+    def after_backward(self) -> None:
+        self._outer.after_backward()
 
 
 class StopOnSignal(HookBase):

@@ -38,7 +38,7 @@ from .averaging import AverageWeights, AveragingCheckpointer, WeightAverage
 from .best import BestCheckpoint
 from .early_stop import EarlyStopping, StoppableLoop
 from .evaluation import PeriodicEvaluation
-from .hooks import FINAL, LossNormalizers, SeedEveryStep, StopOnSignal, TrainingClock
+from .hooks import FINAL, LossNormalizers, RelayAfterBackward, SeedEveryStep, StopOnSignal, TrainingClock
 from .optimizer import build_optimizer
 from .retention import RecentCheckpoints
 from .run_summary import log_summary
@@ -67,6 +67,7 @@ class Trainer(DefaultTrainer, StoppableLoop):
         model.register_forward_pre_hook(self._remember_batch)
         # The loader is built when the first iteration is known.
         self._trainer = build_stepper(cfg, _distributed(model), optimizer)
+        self._trainer.register_hooks([RelayAfterBackward(weakref.proxy(self))])
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         ema = cfg.SOLVER.EMA
         self._average = WeightAverage(student_of(model), ema.DECAY) if ema.ENABLED else None

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data.common import MapDataset
 from detectron2.data import (
     DatasetCatalog,
     DatasetMapper,
@@ -278,13 +277,3 @@ def test_test_loader_gives_every_image_once(tmp_path):
     assert [d["image_id"] for batch in batches for d in batch] == [0, 1, 2, 3, 4]
     assert batches[0][0]["image"].shape == (3, 20, 40)
     assert mapped == [[0], [1], [2], [3], [4]]
-
-
-def test_a_mapper_may_leave_elements_out():
-    """Another element takes the place of one for which it returns None."""
-    numbers = list(range(10))
-    mapped = MapDataset(numbers, lambda number: number if number % 3 == 0 else None)
-    assert len(mapped) == 10 and [mapped[index] for index in (0, 3, 6, 9)] == [0, 3, 6, 9]
-    assert {mapped[index] for index in range(10)} <= {0, 3, 6, 9} and mapped[1] == mapped[1]
-    with pytest.raises(RuntimeError, match="None for every element"):
-        MapDataset(numbers, lambda number: None)[0]

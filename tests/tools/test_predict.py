@@ -175,6 +175,29 @@ def test_unreadable_files_are_named_and_the_rest_goes_on(pair, call, tmp_path, c
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
 
 
+def test_odd_pictures_are_used_or_left_out_with_a_word(pair, call, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    write_image(folder / "low.png", 3000, 1, seed=1)
+    write_image(folder / "thin.png", 1, 3000, seed=1)
+    write_image(folder / "whole.png", WIDTH, HEIGHT, seed=1)
+    gray = np.asarray(Image.open(folder / "whole.png").convert("L"))
+    Image.fromarray(gray).save(folder / "gray.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(gray.astype(np.float32)).save(folder / "float.tif")
+    Image.fromarray(gray).save(folder / "moving.gif", save_all=True, append_images=[Image.fromarray(255 - gray)])
+    (folder / "empty.jpg").write_bytes(b"")
+    with pytest.raises(SystemExit, match="2 inputs could not be used: .*empty.jpg, .*float.tif; the rest is in"):
+        call(*pair, "--input", folder, "--json")
+    errors = capsys.readouterr().err
+    assert "float.tif cannot be read (its pixels are floating-point" in errors and "Traceback" not in errors
+    found = {name: [] for name in ("gray.png", "deep.png", "moving.gif")}
+    for row in rows_of(tmp_path / "out"):
+        found.get(Path(row.pop("file_name")).name, []).append(row)
+    assert found["gray.png"] == found["deep.png"] == found["moving.gif"] != []
+    assert {"low.png", "thin.png"} <= {path.name for path in (tmp_path / "out").rglob("*.png")}
+
+
 def test_resume_does_what_is_left(pair, call, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()

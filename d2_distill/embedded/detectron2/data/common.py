@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 import random
 from collections.abc import Iterable, Iterator
@@ -32,36 +31,56 @@ class DatasetFromList(data.Dataset):
         return pickle.loads(memoryview(self._bytes[self._ends[index] : self._ends[index + 1]].numpy()))
 
 
-MANY_NONES = 4  # of a mapper in a row, from which on it is worth a warning
-
-
 class MapDataset(data.Dataset):
-    """``map_func`` applied to a data set's elements; where it returns None another element takes the place.
+    """``map_func`` applied to a data set's elements; an element of which it makes None is left out.
 
-    Indexing raises RuntimeError if it returns None for every element.
+    A random other element takes its place; those that were left out before are not tried again. Of an iterable data set the
+    result is iterable, too, and goes on with the next element.
+
+    Raises:
+        ValueError: all elements are left out.
     """
 
+    def __new__(cls, dataset: data.Dataset, map_func: Callable):
+        return _MappedStream(dataset, map_func) if isinstance(dataset, data.IterableDataset) else super().__new__(cls)
+
     def __init__(self, dataset: data.Dataset, map_func: Callable):
+        self._dataset = dataset
+        self._map_func = map_func
+        self._random = random.Random(42)
+        self._left_out: set[int] = set()
+
+    def __getnewargs__(self):
+        return self._dataset, self._map_func
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        while True:
+            mapped = self._map_func(self._dataset[index])
+            if mapped is not None:
+                self._left_out.discard(index)
+                return mapped
+            self._left_out.add(index)
+            candidates = [other for other in range(len(self)) if other not in self._left_out]
+            if not candidates:
+                raise ValueError("The map function returned None for every element of the data set.")
+            index = self._random.choice(candidates)
+
+
+class _MappedStream(data.IterableDataset):
+    """What is made of the elements of an iterable data set, where it is not None."""
+
+    def __init__(self, dataset: data.IterableDataset, map_func: Callable):
         self._dataset = dataset
         self._map_func = map_func
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, index: int) -> Any:
-        mapped = self._map_func(self._dataset[index])
-        if mapped is not None:
-            return mapped
-        others = [other for other in range(len(self)) if other != index]
-        # The same ones each time, so that runs repeat.
-        random.Random(index).shuffle(others)
-        for tried, other in enumerate(others, start=2):
-            mapped = self._map_func(self._dataset[other])
-            if mapped is not None:
-                return mapped
-            if tried == MANY_NONES:
-                logging.getLogger(__name__).warning(f"The mapper returned None {tried} times for element {index} and others.")
-        raise RuntimeError("The mapper returns None for every element of the data set.")
+    def __iter__(self) -> Iterator[Any]:
+        return (mapped for mapped in map(self._map_func, self._dataset) if mapped is not None)
 
 
 class AspectRatioGroupedDataset(data.IterableDataset):

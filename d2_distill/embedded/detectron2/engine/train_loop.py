@@ -30,7 +30,7 @@ class HookBase:
         """Called before each step."""
 
     def after_backward(self):
-        """Called after the backward pass of each step, by trainers that make one."""
+        """Called in each step, when the gradients are there and the weights have not changed yet."""
 
     def after_step(self):
         """Called after each step."""

@@ -9,10 +9,27 @@ from fvcore.transforms.transform import Transform, TransformList
 
 
 class AugInput:
-    """What augmentations see and change: an image (H, W, C)."""
+    """What augmentations see and change: an image (H, W, C), and where they are given its boxes and classes of pixels.
 
-    def __init__(self, image: np.ndarray):
-        self.image = image
+    Args:
+        boxes: (N, 4) XYXY in pixels of the image.
+        sem_seg: (H, W) classes.
+    """
+
+    def __init__(self, image: np.ndarray, *, boxes: np.ndarray | None = None, sem_seg: np.ndarray | None = None):
+        self.image, self.boxes, self.sem_seg = image, boxes, sem_seg
+
+    def transform(self, tfm: Transform) -> None:
+        """Apply a transform to all of it, in place."""
+        self.image = tfm.apply_image(self.image)
+        if self.boxes is not None:
+            self.boxes = tfm.apply_box(self.boxes)
+        if self.sem_seg is not None:
+            self.sem_seg = tfm.apply_segmentation(self.sem_seg)
+
+    def apply_augmentations(self, augmentations: Sequence[Augmentation | Transform]) -> TransformList:
+        """Equivalent of ``AugmentationList(augmentations)(self)``."""
+        return AugmentationList(augmentations)(self)
 
 
 class Augmentation:
@@ -25,15 +42,22 @@ class Augmentation:
     def __call__(self, aug_input: AugInput) -> Transform:
         """Choose a transform, apply it to the input in place, and return it."""
         tfm = self.get_transform(aug_input.image)
-        aug_input.image = tfm.apply_image(aug_input.image)
+        aug_input.transform(tfm)
         return tfm
 
 
 class AugmentationList(Augmentation):
-    """Augmentations one after the other, each seeing the result of those before it."""
+    """Augmentations, or transforms, one after the other, each seeing the result of those before it."""
 
-    def __init__(self, augs: Sequence[Augmentation]):
+    def __init__(self, augs: Sequence[Augmentation | Transform]):
         self.augs = augs
 
     def __call__(self, aug_input: AugInput) -> TransformList:
-        return TransformList([aug(aug_input) for aug in self.augs])
+        return TransformList([self._apply(aug, aug_input) for aug in self.augs])
+
+    @staticmethod
+    def _apply(aug: Augmentation | Transform, aug_input: AugInput) -> Transform:
+        if isinstance(aug, Augmentation):
+            return aug(aug_input)
+        aug_input.transform(aug)
+        return aug
