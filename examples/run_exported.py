@@ -86,6 +86,14 @@ def draw(picture, boxes, labels):
     return picture
 
 
+def read(path: str) -> Image.Image:
+    """Open a picture upright, in RGB; one of 16 bits is scaled, as Pillow would cut it off at 255."""
+    picture = ImageOps.exif_transpose(Image.open(path))
+    if picture.mode.startswith("I;"):
+        picture = Image.fromarray(((np.asarray(picture).astype(np.int64) + 128) // 257).astype(np.uint8))
+    return picture.convert("RGB")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=".onnx or .pt file of tools/export.py, with detections")
@@ -109,7 +117,7 @@ def main():
     names = description["class_names"]
     for path in args.pictures:
         try:
-            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            picture = read(path)
         except OSError as error:
             sys.exit(f"error: {path} is no picture that can be read ({error}); leave it out.")
         boxes, scores, classes = detect(run, description, picture)

@@ -107,7 +107,8 @@ def test_checkpoint_restores_adapters(teacher, tmp_path):
 
 def test_no_adapters_no_extra_key(teacher, tmp_path):
     build_checkpointer(build_distiller("RetinaNet", teacher, ["CrossKD", "PKD"]), str(tmp_path)).save("model")
-    assert list(torch.load(tmp_path / "model.pth", weights_only=True)) == ["model"]
+    saved = torch.load(tmp_path / "model.pth", weights_only=True)
+    assert list(saved) == ["model", "teacher"] and list(saved["teacher"]) == ["fingerprint"]
 
 
 def test_state_dict_is_the_students(teacher, tmp_path):

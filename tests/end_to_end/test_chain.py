@@ -49,7 +49,7 @@ def test_distilled_checkpoint_is_a_student_checkpoint(distilled, plain):
     assert {name: value.shape for name, value in ours["model"].items()} == {
         name: value.shape for name, value in theirs["model"].items()
     }
-    assert set(ours) - set(theirs) == {"distill"} and len(ours["distill"]) == 6  # adapters of three levels
+    assert set(ours) - set(theirs) == {"distill", "teacher"} and len(ours["distill"]) == 6  # adapters of three levels
     assert any(not torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
 
 

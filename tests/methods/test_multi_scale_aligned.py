@@ -206,20 +206,20 @@ def test_inheritance_wins_over_the_first_weights_but_not_over_a_checkpoint(teach
     cfg = student_cfg(teachers(), WEIGHTS=str(tmp_path / "other.pth"))
     cfg.OUTPUT_DIR = str(tmp_path / "out")
 
-    def trained(resume: bool) -> Distiller:
+    def trained(resume: bool) -> tuple[Trainer, Distiller]:
         model = build_model(cfg)
         trainer = Trainer(cfg, model)
         trainer.resume_or_load(resume)
-        return model
+        return trainer, model
 
     (tmp_path / "out").mkdir()
-    model = trained(resume=False)
+    trainer, model = trained(resume=False)
     inherited = model.teacher.model.detector.head.cls_score.weight
     assert torch.equal(model.student.head.cls_score.weight, inherited)
     with torch.no_grad():
         model.student.head.cls_score.weight += 1
-    build_checkpointer(model, cfg.OUTPUT_DIR).save("model_0000005", iteration=5)
-    assert torch.equal(trained(resume=True).student.head.cls_score.weight, inherited + 1)
+    build_checkpointer(model, cfg.OUTPUT_DIR, trainer=trainer).save("model_0000005", iteration=5)
+    assert torch.equal(trained(resume=True)[1].student.head.cls_score.weight, inherited + 1)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_the_exported_student_needs_no_teacher(teachers, tmp_path):
     gone = SavedTeacher(str(tmp_path / "gone.yaml"), str(tmp_path / "gone.pth"))
     plain = build_detector(student_cfg(gone))
     saved = torch.load(tmp_path / "model.pth", weights_only=True)
-    assert list(saved) == ["model"] and not any("detector" in name or "fusion" in name for name in saved["model"])
+    assert list(saved) == ["model", "teacher"] and not any("detector" in name or "fusion" in name for name in saved["model"])
     plain.load_state_dict(saved["model"], strict=True)
     inputs = [image_input(96, 128, seed=seed) for seed in range(3)]
     with torch.no_grad():

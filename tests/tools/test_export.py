@@ -263,7 +263,7 @@ def test_onnx_of_a_fixed_size_compared_on_a_picture(trained, tmp_path, monkeypat
         run(monkeypatch, "evaluate", *options[:2], target)
     fixed[2:4] = 48, 48
     with pytest.raises(SystemExit, match="error: An image of 64 x 96 does not fit into --fixed-size 48 48"):
-        run(monkeypatch, "onnx", *options, *fixed, *values)
+        run(monkeypatch, "onnx", *options, *fixed, "--overwrite", *values)
 
 
 def test_a_graph_that_differs_is_not_written(trained, tmp_path, monkeypatch):
