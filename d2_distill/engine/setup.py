@@ -201,6 +201,8 @@ def _initialised(cfg: CfgNode, resume: bool) -> nn.Module:
             f"MODEL.META_ARCHITECTURE to {cfg.MODEL.DISTILL.STUDENT} to train the plain student."
         )
     model.prepare_training()
+    if cfg.MODEL.DISTILL.METHODS and not model.methods:
+        logger.warning("All weights of MODEL.DISTILL.METHODS are 0, so nothing is distilled: this trains a plain student.")
     if resumes and model.teacher is not None:
         require_same_teacher(resumes, model.teacher)
     return model
